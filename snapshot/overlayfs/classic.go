@@ -68,6 +68,14 @@ func inDirectory(dir string, f func() error) error {
 	result := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread cannot end, and /proc shows its working
+			// directory as that of the process: hold it until another
+			// thread is done.
+			defer runtime.UnlockOSThread()
+			result <- inDirectory(dir, f)
+			return
+		}
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			result <- fmt.Errorf("unshare working directory: %w", err)
 			return
