@@ -1,0 +1,127 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// idName is the k-th file that children link to. One file takes 65,000 links
+// on ext4; the next one is made when the file system says so.
+func idName(k int) string {
+	if k == 0 {
+		return "id"
+	}
+	return "id." + strconv.Itoa(k)
+}
+
+// joinLocked is join under the parent's lock, so that a removal of the parent
+// which is about to be refused does not show it as missing.
+func (t *tree) joinLocked(parent, path string) error {
+	defer t.lock(parent)()
+	return t.join(parent, path)
+}
+
+// join makes the entry at path a child of the committed name parent.
+func (t *tree) join(parent, path string) error {
+	if err := t.step("join.link"); err != nil {
+		return err
+	}
+	child := filepath.Join(path, "parent")
+	dir := t.path(dirCommitted, encodeKey(parent))
+	for k := 0; ; {
+		id := filepath.Join(dir, idName(k))
+		err := unix.Link(id, child)
+		switch {
+		case err == nil:
+			return t.joined(parent, id, child)
+		case errors.Is(err, unix.EMLINK):
+			k++
+		case errors.Is(err, unix.ENOENT):
+			if err := t.makeID(id); errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("parent %q: %w: %w", parent, err, errdefs.ErrNotFound)
+			} else if err != nil {
+				return err
+			}
+		default:
+			return &os.LinkError{Op: "link", Old: id, New: child, Err: err}
+		}
+	}
+}
+
+func (t *tree) makeID(id string) error {
+	if err := t.step("join.id"); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(id, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// joined looks whether the link went to the parent that still has the name.
+// If the parent went to trash before the link, its id is not found there; if
+// after it, the removal counts once more and sees the link.
+func (t *tree) joined(parent, id, child string) error {
+	now, err := os.Lstat(id)
+	if err == nil {
+		var ours fs.FileInfo
+		if ours, err = os.Lstat(child); err == nil && os.SameFile(now, ours) {
+			return nil
+		}
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	err = fmt.Errorf("parent %q was removed meanwhile: %w", parent, errdefs.ErrNotFound)
+	return errors.Join(err, os.Remove(child))
+}
+
+// leave ends the entry at path being a child.
+func (t *tree) leave(step, path string) error {
+	child := filepath.Join(path, "parent")
+	if ok, err := exists(child); err != nil || !ok {
+		return err
+	}
+	if err := t.step(step); err != nil {
+		return err
+	}
+	if err := os.Remove(child); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// children counts the entries that are children of the one at path.
+func children(path string) (n uint64, err error) {
+	for k := 0; ; k++ {
+		fi, err := os.Lstat(filepath.Join(path, idName(k)))
+		if errors.Is(err, fs.ErrNotExist) {
+			return n, nil
+		}
+		if err != nil {
+			return 0, err
+		}
+		n += uint64(fi.Sys().(*syscall.Stat_t).Nlink) - 1
+	}
+}
+
+// requireChildless refuses the removal of an entry with children.
+func requireChildless(key, path string) error {
+	n, err := children(path)
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		return fmt.Errorf("cannot remove %q, which is the parent of %d: %w", key, n, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
