@@ -49,12 +49,13 @@ var rooms = map[string][]string{
 	"contenthash": {},
 	"cache":       {"metadata", "snapshot"},
 
-	"workspace": {"workspace/sandbox", "workspace/source", "workspace/output", "cache", "metadata", "snapshot", "contenthash"},
+	"workspace": {"workspace/sandbox", "workspace/source", "workspace/output", "workspace/internal", "cache", "metadata", "snapshot", "contenthash"},
 	// What the main job is made of knows no cache: each can be understood,
 	// and used, alone.
-	"workspace/sandbox": {"snapshot"},
-	"workspace/source":  {"contenthash"},
-	"workspace/output":  {},
+	"workspace/sandbox":  {"workspace/internal", "snapshot"},
+	"workspace/source":   {"workspace/internal", "contenthash"},
+	"workspace/output":   {"workspace/internal"},
+	"workspace/internal": {},
 
 	"migrate":    {"cache", "metadata", "snapshot", "contenthash"},
 	"cmd/lamina": {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "cache", "metadata", "snapshot", "contenthash"},
