@@ -1,0 +1,390 @@
+package metadata
+
+import (
+	"encoding/binary"
+	"fmt"
+	"iter"
+	"slices"
+)
+
+// The codes of findings. They are stable: tools and scripts go by them.
+const (
+	// CodeMetaDamaged: what describes the store cannot be read.
+	CodeMetaDamaged = "meta-damaged"
+	// CodeForeignKey: a key, value or bucket that this package never writes.
+	CodeForeignKey = "foreign-key"
+	// CodeBucketMissing: a bucket is not there.
+	CodeBucketMissing = "bucket-missing"
+	// CodeRecordDamaged: a record cannot be read.
+	CodeRecordDamaged = "record-damaged"
+	// CodeRecordInvalid: a record holds what no record may hold.
+	CodeRecordInvalid = "record-invalid"
+	// CodeRecordQuarantined: a record was damaged and has been set aside.
+	CodeRecordQuarantined = "record-quarantined"
+	// CodeParentMissing: a parent of a record does not exist.
+	CodeParentMissing = "parent-missing"
+	// CodeNameConflict: an alias is also the id of a record, or two records
+	// declare it.
+	CodeNameConflict = "name-conflict"
+	// CodeKeyConflict: two records name one driver key.
+	CodeKeyConflict = "key-conflict"
+	// CodeRowMissing: a derived row that a record asks for is not there, or
+	// has another value.
+	CodeRowMissing = "row-missing"
+	// CodeRowStale: a derived row that no record asks for.
+	CodeRowStale = "row-stale"
+	// CodeTotalWrong: a total is not the sum over the records.
+	CodeTotalWrong = "total-wrong"
+	// CodeAttachmentDamaged: an attachment cannot be read.
+	CodeAttachmentDamaged = "attachment-damaged"
+	// CodeAttachmentOrphan: an attachment belongs to no record.
+	CodeAttachmentOrphan = "attachment-orphan"
+	// CodeNumberWrong: a counter is behind what it has given out: the
+	// number of attachments, or the time of the newest id.
+	CodeNumberWrong = "number-wrong"
+)
+
+// Finding is one thing that is not as it should be.
+type Finding struct {
+	// Code is one of the constants.
+	Code string
+	// ID is the record concerned, empty if that is not known.
+	ID ID
+	// Bucket is where it is.
+	Bucket string
+	// Key is the row's key, as it is stored.
+	Key string
+	// Message says it for people.
+	Message string
+}
+
+// Check looks at every row. It computes all that is derived again and yields
+// what differs, in no promised order. An error means that it could not go on.
+// Its memory grows with the number of records, by some hundred bytes each.
+func (tx *Tx) Check() iter.Seq2[Finding, error] {
+	return func(yield func(Finding, error) bool) {
+		c := &checker{
+			tx: tx, sums: newSums(), names: map[ID]ID{}, keys: map[string]ID{},
+			owners: map[uint64]ID{}, rows: map[string]int{},
+			report: func(f Finding) bool { return yield(f, nil) },
+		}
+		steps := []func() bool{
+			c.meta, c.bucketNames, c.records, c.parents,
+			c.derived, c.totals, c.attachments, c.numbers, c.quarantine,
+		}
+		for _, step := range steps {
+			if !step() {
+				return
+			}
+			if tx.err != nil {
+				yield(Finding{}, fmt.Errorf("check: %w", tx.err))
+				return
+			}
+		}
+	}
+}
+
+// checker holds what one pass over the records has found. Its methods return
+// false when the caller of Check wants no more.
+type checker struct {
+	tx     *Tx
+	report func(Finding) bool
+
+	sums    *sums
+	names   map[ID]ID
+	keys    map[string]ID
+	owners  map[uint64]ID
+	rows    map[string]int // derived rows that records ask for, by bucket
+	newest  uint64
+	damaged bool // some record cannot be read, so sums cannot be compared
+}
+
+func (c *checker) find(code string, id ID, bucket string, key []byte, format string, args ...any) bool {
+	return c.report(Finding{Code: code, ID: id, Bucket: bucket, Key: string(key), Message: fmt.Sprintf(format, args...)})
+}
+
+func (c *checker) meta() bool {
+	if _, err := c.tx.Meta(); err != nil {
+		return c.find(CodeMetaDamaged, "", bucketMeta, nil, "%v", err)
+	}
+	for k := range c.tx.scan(bucketMeta, nil) {
+		if string(k) != keySchema && string(k) != keyStore &&
+			!c.find(CodeForeignKey, "", bucketMeta, k, "bucket meta has key %s", printable(k)) {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *checker) bucketNames() bool {
+	have, err := c.tx.rootKeys()
+	if err != nil {
+		c.tx.fail(err)
+		return true
+	}
+	for _, b := range buckets() {
+		if !have[b] && !c.find(CodeBucketMissing, "", b, nil, "bucket %s is missing", b) {
+			return false
+		}
+		delete(have, b)
+	}
+	for b := range have {
+		if !c.find(CodeForeignKey, "", b, nil, "file has bucket %s", printable([]byte(b))) {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *checker) records() bool {
+	for k, v := range c.tx.scan(bucketRecord, nil) {
+		if v == nil || len(k) > MaxIDLen {
+			if !c.find(CodeForeignKey, "", bucketRecord, k, "bucket record has key %s", printable(k)) {
+				return false
+			}
+			continue
+		}
+		r, err := decodeRecord(ID(k), v)
+		if err != nil {
+			c.damaged = true
+			if !c.find(CodeRecordDamaged, ID(k), bucketRecord, k, "%v", err) {
+				return false
+			}
+			continue
+		}
+		if !c.record(r) {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *checker) record(r *Record) bool {
+	if err := validate(r); err != nil && !c.find(CodeRecordInvalid, r.ID, bucketRecord, []byte(r.ID), "%v", err) {
+		return false
+	}
+	c.sums.add(r)
+	if ms, ok := ulidTime(r.ID); ok {
+		c.newest = max(c.newest, ms)
+	}
+	if r.attachments != 0 {
+		if other, taken := c.owners[r.attachments]; taken &&
+			!c.find(CodeKeyConflict, r.ID, bucketAttachment, nil, "records %q and %q share attachments %d", other, r.ID, r.attachments) {
+			return false
+		}
+		c.owners[r.attachments] = r.ID
+	}
+	for _, a := range r.Aliases {
+		other, taken := c.names[a]
+		if ok, err := c.tx.has(bucketRecord, []byte(a)); err == nil && ok {
+			other, taken = a, true
+		}
+		if taken && !c.find(CodeNameConflict, r.ID, bucketAlias, []byte(a), "alias %q of record %q is taken by record %q", a, r.ID, other) {
+			return false
+		}
+		c.names[a] = r.ID
+	}
+	for _, k := range slices.Compact(driverKeys(r)) {
+		if other, taken := c.keys[k]; taken &&
+			!c.find(CodeKeyConflict, r.ID, bucketSnapshot, []byte(k), "records %q and %q name driver key %q", other, r.ID, k) {
+			return false
+		}
+		c.keys[k] = r.ID
+	}
+	return c.recordRows(r)
+}
+
+// recordRows looks for the rows that a record asks for.
+func (c *checker) recordRows(r *Record) bool {
+	for row, want := range derived(r) {
+		v, ok, err := c.tx.get(row.bucket, []byte(row.key))
+		switch {
+		case err != nil:
+			c.tx.fail(err)
+			return true
+		case ok && string(v) == want:
+			c.rows[row.bucket]++
+		case !c.find(CodeRowMissing, r.ID, row.bucket, []byte(row.key), "bucket %s lacks the row %s of record %q", row.bucket, printable([]byte(row.key)), r.ID):
+			return false
+		}
+	}
+	return true
+}
+
+func (c *checker) parents() bool {
+	for p, children := range c.sums.children {
+		ok, err := c.tx.has(bucketRecord, []byte(p))
+		if err != nil {
+			c.tx.fail(err)
+			return true
+		}
+		if ok {
+			continue
+		}
+		for child := range children {
+			if !c.find(CodeParentMissing, child, bucketRecord, []byte(child), "parent %q of record %q does not exist", p, child) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// derived looks for rows that no record asks for. All that records ask for
+// have been counted, so a bucket with as many rows has no other.
+func (c *checker) derived() bool {
+	for _, b := range []string{bucketIndex, bucketChild, bucketSnapshot, bucketBlob, bucketUnsettled, bucketAlias} {
+		n := 0
+		for range c.tx.scan(b, nil) {
+			n++
+		}
+		if n == c.rows[b] {
+			continue
+		}
+		for k, v := range c.tx.scan(b, nil) {
+			if !c.row(b, k, v) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// row judges one derived row by the record that it names.
+func (c *checker) row(bucket string, k, v []byte) bool {
+	id, ok := rowOwner(bucket, k, v)
+	if !ok {
+		return c.find(CodeForeignKey, "", bucket, k, "bucket %s has key %s", bucket, printable(k))
+	}
+	r, err := c.tx.load(id)
+	if err != nil {
+		// Nobody can tell what a record asks for that cannot be read.
+		return true
+	}
+	if r != nil {
+		if want, asked := derived(r)[rowKey{bucket, string(k)}]; asked && want == string(v) {
+			return true
+		}
+	}
+	return c.find(CodeRowStale, id, bucket, k, "bucket %s has row %s, which record %q does not ask for", bucket, printable(k), id)
+}
+
+// rowOwner returns the record that a derived row belongs to.
+func rowOwner(bucket string, k, v []byte) (ID, bool) {
+	if v == nil {
+		return "", false
+	}
+	var id string
+	switch bucket {
+	case bucketIndex, bucketChild, bucketBlob:
+		_, second, ok := splitPair(k)
+		if !ok || len(v) != 0 {
+			return "", false
+		}
+		id = second
+	case bucketUnsettled:
+		if len(v) != 0 {
+			return "", false
+		}
+		id = string(k)
+	case bucketSnapshot, bucketAlias:
+		id = string(v)
+	}
+	return ID(id), id != "" && len(id) <= MaxIDLen
+}
+
+func (c *checker) totals() bool {
+	want := c.sums.groups()
+	for k, v := range c.tx.scan(bucketTotal, nil) {
+		g, ok := splitTotal(k)
+		if !ok || v == nil {
+			if !c.find(CodeForeignKey, "", bucketTotal, k, "bucket total has key %s", printable(k)) {
+				return false
+			}
+			continue
+		}
+		count, size, err := readTotal(k, v)
+		w := want[g]
+		delete(want, g)
+		if err == nil && (c.damaged || (count == w.Count && size == w.Bytes)) {
+			continue
+		}
+		if !c.find(CodeTotalWrong, "", bucketTotal, k, "total of type %q, state %d, shared %t is %d records, %d bytes, not %d and %d", g.typ, g.state, g.shared, count, size, w.Count, w.Bytes) {
+			return false
+		}
+	}
+	for g, w := range want {
+		if !c.damaged && !c.find(CodeTotalWrong, "", bucketTotal, totalKey(g), "total of type %q, state %d, shared %t is missing: %d records, %d bytes", g.typ, g.state, g.shared, w.Count, w.Bytes) {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *checker) attachments() bool {
+	for k, v := range c.tx.scan(bucketAttachment, nil) {
+		owner, name, ok := splitAttachment(k)
+		id := c.owners[owner]
+		good := true
+		switch {
+		case !ok || v == nil:
+			good = c.find(CodeForeignKey, "", bucketAttachment, k, "bucket attachment has key %s", printable(k))
+		case id == "" && !c.damaged:
+			good = c.find(CodeAttachmentOrphan, "", bucketAttachment, k, "attachment %q of number %d belongs to no record", name, owner)
+		default:
+			if _, err := unframe(k, v); err != nil {
+				good = c.find(CodeAttachmentDamaged, id, bucketAttachment, k, "attachment %q of record %q: %v", name, id, err)
+			}
+		}
+		if !good {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *checker) numbers() bool {
+	n, err := c.tx.sequence(bucketAttachment)
+	if err != nil {
+		c.tx.fail(err)
+		return true
+	}
+	for owner, id := range c.owners {
+		if owner > n && !c.find(CodeNumberWrong, id, bucketAttachment, nil, "record %q has attachments %d, given out are %d", id, owner, n) {
+			return false
+		}
+	}
+	n, err = c.tx.sequence(bucketRecord)
+	if err != nil {
+		c.tx.fail(err)
+		return true
+	}
+	if c.newest > n {
+		return c.find(CodeNumberWrong, "", bucketRecord, nil, "newest id is of %d ms, noted is %d", c.newest, n)
+	}
+	return true
+}
+
+func (c *checker) quarantine() bool {
+	for k, v := range c.tx.scan(bucketQuarantine, nil) {
+		seq, id, ok := splitQuarantine(k)
+		good := true
+		if !ok || v == nil {
+			good = c.find(CodeForeignKey, "", bucketQuarantine, k, "bucket quarantine has key %s", printable(k))
+		} else {
+			good = c.find(CodeRecordQuarantined, id, bucketQuarantine, k, "record %q was damaged and is in quarantine as number %d", id, seq)
+		}
+		if !good {
+			return false
+		}
+	}
+	return true
+}
+
+// splitQuarantine undoes the key of the bucket quarantine.
+func splitQuarantine(k []byte) (seq uint64, id ID, ok bool) {
+	if len(k) <= 8 || len(k) > 8+MaxIDLen {
+		return 0, "", false
+	}
+	return binary.BigEndian.Uint64(k), ID(k[8:]), true
+}

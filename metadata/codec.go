@@ -1,0 +1,196 @@
+package metadata
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"time"
+
+	digest "github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/lamina-build/lamina/metadata/internal/recordpb"
+)
+
+// encodeRecord returns the framed value of a record.
+func encodeRecord(r *Record) ([]byte, error) {
+	b, err := proto.Marshal(recordToPB(r))
+	if err != nil {
+		return nil, fmt.Errorf("encode record %q: %w", r.ID, err)
+	}
+	return frame([]byte(r.ID), b), nil
+}
+
+// decodeRecord reads a framed value. The result shares no memory with it.
+func decodeRecord(id ID, value []byte) (*Record, error) {
+	damaged := func(reason error) error {
+		return &DamagedError{Bucket: bucketRecord, ID: id, Key: string(id), Reason: reason.Error()}
+	}
+	payload, err := unframe([]byte(id), value)
+	if err != nil {
+		return nil, damaged(err)
+	}
+	var m recordpb.Record
+	if err := proto.Unmarshal(payload, &m); err != nil {
+		return nil, damaged(err)
+	}
+	if m.State > math.MaxUint8 || m.Op > math.MaxUint8 || m.OnPowerCut > math.MaxUint8 {
+		return nil, damaged(fmt.Errorf("state %d, op %d, policy %d", m.State, m.Op, m.OnPowerCut))
+	}
+	return recordFromPB(id, &m), nil
+}
+
+func recordToPB(r *Record) *recordpb.Record {
+	m := &recordpb.Record{
+		State: uint32(r.State), Op: uint32(r.Op), Revision: r.Revision,
+		Key: []byte(r.Key), Was: []byte(r.Was),
+		Parents: toBytes(r.Parents), Aliases: toBytes(r.Aliases),
+		Retain: r.Retain, Interrupted: r.Interrupted, RetainAfter: r.RetainAfter,
+		OnPowerCut: uint32(r.OnPowerCut), Durable: r.Durable, Raw: r.Raw,
+		Type: []byte(r.Type), Description: []byte(r.Description), Labels: pairs(r.Labels),
+		Created: toInstant(r.Created), LastUsed: toInstant(r.LastUsed),
+		UsageCount: r.UsageCount, Cost: int64(r.Cost), Size: r.Size,
+		ChainId: []byte(r.ChainID), DiffId: []byte(r.DiffID), Verified: r.Verified,
+		ImageRefs: toBytes(r.ImageRefs), Attachments: r.attachments,
+	}
+	for _, b := range r.Blobs {
+		m.Blobs = append(m.Blobs, blobToPB(b))
+	}
+	for _, v := range r.Values {
+		pv := &recordpb.Value{Name: []byte(v.Name), Data: v.Data, Index: []byte(v.Index)}
+		pv.ProtoReflect().SetUnknown(v.unknown)
+		m.Values = append(m.Values, pv)
+	}
+	m.ProtoReflect().SetUnknown(r.unknown)
+	return m
+}
+
+func blobToPB(b Blob) *recordpb.Blob {
+	m := &recordpb.Blob{
+		Digest: []byte(b.Digest), MediaType: []byte(b.MediaType), Size: b.Size,
+		DiffId: []byte(b.DiffID), Annotations: pairs(b.Annotations), Urls: toBytes(b.URLs),
+	}
+	m.ProtoReflect().SetUnknown(b.unknown)
+	return m
+}
+
+func recordFromPB(id ID, m *recordpb.Record) *Record {
+	r := &Record{
+		ID: id, State: State(m.State), Op: Op(m.Op), Revision: m.Revision,
+		Key: string(m.Key), Was: string(m.Was),
+		Parents: fromBytes[ID](m.Parents), Aliases: fromBytes[ID](m.Aliases),
+		Retain: m.Retain, Interrupted: m.Interrupted, RetainAfter: m.RetainAfter,
+		OnPowerCut: PowerCut(m.OnPowerCut), Durable: m.Durable, Raw: m.Raw,
+		Type: string(m.Type), Description: string(m.Description), Labels: unpair(m.Labels),
+		Created: fromInstant(m.Created), LastUsed: fromInstant(m.LastUsed),
+		UsageCount: m.UsageCount, Cost: time.Duration(m.Cost), Size: m.Size,
+		ChainID: digest.Digest(m.ChainId), DiffID: digest.Digest(m.DiffId), Verified: m.Verified,
+		ImageRefs: fromBytes[string](m.ImageRefs), attachments: m.Attachments,
+		unknown: m.ProtoReflect().GetUnknown(),
+	}
+	for _, b := range m.Blobs {
+		r.Blobs = append(r.Blobs, Blob{
+			Digest: digest.Digest(b.Digest), MediaType: string(b.MediaType), Size: b.Size,
+			DiffID: digest.Digest(b.DiffId), Annotations: unpair(b.Annotations),
+			URLs: fromBytes[string](b.Urls), unknown: b.ProtoReflect().GetUnknown(),
+		})
+	}
+	for _, v := range m.Values {
+		r.Values = append(r.Values, Value{
+			Name: string(v.Name), Data: v.Data, Index: string(v.Index),
+			unknown: v.ProtoReflect().GetUnknown(),
+		})
+	}
+	return r
+}
+
+func toBytes[S ~string](list []S) [][]byte {
+	var out [][]byte
+	for _, s := range list {
+		out = append(out, []byte(s))
+	}
+	return out
+}
+
+func fromBytes[S ~string](list [][]byte) []S {
+	var out []S
+	for _, b := range list {
+		out = append(out, S(b))
+	}
+	return out
+}
+
+func pairs(m map[string]string) []*recordpb.Pair {
+	var out []*recordpb.Pair
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		out = append(out, &recordpb.Pair{Key: []byte(k), Value: []byte(m[k])})
+	}
+	return out
+}
+
+func unpair(list []*recordpb.Pair) map[string]string {
+	if len(list) == 0 {
+		return nil
+	}
+	m := make(map[string]string, len(list))
+	for _, p := range list {
+		m[string(p.Key)] = string(p.Value)
+	}
+	return m
+}
+
+func toInstant(t time.Time) *recordpb.Instant {
+	if t.IsZero() {
+		return nil
+	}
+	return &recordpb.Instant{Seconds: t.Unix(), Nanos: int32(t.Nanosecond())}
+}
+
+func fromInstant(i *recordpb.Instant) time.Time {
+	if i == nil {
+		return time.Time{}
+	}
+	return time.Unix(i.Seconds, int64(i.Nanos)).UTC()
+}
+
+func encodeMeta(m Meta) ([]byte, error) {
+	pm := &recordpb.Meta{
+		Created: toInstant(m.Created), MigratedFrom: []byte(m.MigratedFrom),
+		Driver: []byte(m.Driver), Attributes: []byte(m.Attributes), BootId: []byte(m.BootID),
+	}
+	pm.ProtoReflect().SetUnknown(m.unknown)
+	b, err := proto.Marshal(pm)
+	if err != nil {
+		return nil, fmt.Errorf("encode meta: %w", err)
+	}
+	return b, nil
+}
+
+func decodeMeta(payload []byte) (Meta, error) {
+	var m recordpb.Meta
+	if err := proto.Unmarshal(payload, &m); err != nil {
+		return Meta{}, err
+	}
+	return Meta{
+		Created: fromInstant(m.Created), MigratedFrom: string(m.MigratedFrom),
+		Driver: string(m.Driver), Attributes: string(m.Attributes), BootID: string(m.BootId),
+		unknown: m.ProtoReflect().GetUnknown(),
+	}, nil
+}
+
+func encodeTotal(count, size int64) ([]byte, error) {
+	b, err := proto.Marshal(&recordpb.Total{Count: count, Bytes: size})
+	if err != nil {
+		return nil, fmt.Errorf("encode total: %w", err)
+	}
+	return b, nil
+}
+
+func decodeTotal(payload []byte) (count, size int64, err error) {
+	var m recordpb.Total
+	if err := proto.Unmarshal(payload, &m); err != nil {
+		return 0, 0, err
+	}
+	return m.Count, m.Bytes, nil
+}
