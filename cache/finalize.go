@@ -1,0 +1,109 @@
+package cache
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// Finalize commits the snapshot in the driver under the record's id. A record
+// that is finalized already is left as it is. Mounts go on working.
+func (r *ImmutableRef) Finalize(ctx context.Context) error {
+	m := r.h.m
+	end, err := m.beginChange()
+	if err != nil {
+		return err
+	}
+	defer end()
+	e, done, err := r.h.use()
+	if err != nil {
+		return err
+	}
+	defer done()
+	_, err = m.finalize(ctx, e)
+	return err
+}
+
+// finalize brings the record of e, which the caller uses, to finalized.
+func (m *Manager) finalize(ctx context.Context, e *entry) (*Record, error) {
+	if rec := m.current(e); rec.State == metadata.Finalized {
+		return rec, nil
+	}
+	release, err := m.drive(ctx, e, "finalize")
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+
+	rec := m.current(e)
+	switch rec.State {
+	case metadata.Finalized:
+		return rec, nil
+	case metadata.Committed:
+	case metadata.Lazy:
+		return nil, fmt.Errorf("record %s is lazy and its snapshot cannot be made yet: %w", short(e.id), errdefs.ErrNotImplemented)
+	default:
+		return nil, fmt.Errorf("record %s is %s, commit it first: %w", short(e.id), rec.State, errdefs.ErrFailedPrecondition)
+	}
+	if holder, busy, err := testHold(m.root, e.id, false); err != nil {
+		return nil, err
+	} else if busy {
+		return nil, &LockedError{ID: e.id, Holders: []Holder{holder}}
+	}
+	if err := m.commitInDriver(ctx, e.id, rec.Key); err != nil {
+		return nil, fmt.Errorf("finalize record %s: %w", short(e.id), err)
+	}
+	rec, err = m.swap(ctx, e)
+	if err != nil {
+		return nil, fmt.Errorf("finalize record %s: %w", short(e.id), err)
+	}
+	return rec, nil
+}
+
+// commitInDriver gives the snapshot its final name, unless an earlier attempt
+// got that far.
+func (m *Manager) commitInDriver(ctx context.Context, id ID, key string) error {
+	m.lock()
+	_, done := m.unswapped[id]
+	m.unlock()
+	if done {
+		return nil
+	}
+	if err := m.noForeignWriter(ctx, id, key); err != nil {
+		return err
+	}
+	if err := m.marks.setDirty(); err != nil {
+		return err
+	}
+	if err := m.driver.Commit(ctx, string(id), key); err != nil {
+		// The call may have failed after its work was done.
+		st, serr := m.driver.Stat(context.WithoutCancel(ctx), string(id))
+		if serr != nil || st.Kind != snapshots.KindCommitted {
+			return err
+		}
+	}
+	m.lock()
+	m.unswapped[id] = struct{}{}
+	m.unlock()
+	return nil
+}
+
+// swap writes that the snapshot has its final name.
+func (m *Manager) swap(ctx context.Context, e *entry) (*Record, error) {
+	rec, err := m.change(ctx, e, func(_ *metadata.Tx, edit *Edit) error {
+		finalized(edit.rec, m.info)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	m.lock()
+	delete(m.unswapped, e.id)
+	delete(m.written, rec.Was)
+	m.unlock()
+	return rec, nil
+}

@@ -1,0 +1,285 @@
+package cache
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// Hold keeps a record for a process that works in its snapshot while it does
+// not have the store open: a file lock, which the kernel drops when the
+// process dies. Whoever opens the store meanwhile counts the record as in use.
+type Hold struct {
+	id        ID
+	path      string
+	exclusive bool
+
+	mu   sync.Mutex
+	file *os.File
+}
+
+// holdText is what the hold file says of its owner, a hint for people.
+type holdText struct {
+	PID     int       `json:"pid"`
+	Command string    `json:"command"`
+	Since   time.Time `json:"since"`
+}
+
+// ID is the id of the record that is held.
+func (h *Hold) ID() ID { return h.id }
+
+// Exclusive says whether the hold is for writing.
+func (h *Hold) Exclusive() bool { return h.exclusive }
+
+// Release gives the hold up. Releasing twice is harmless.
+func (h *Hold) Release() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.file == nil {
+		return nil
+	}
+	f := h.file
+	h.file = nil
+	// Only who has the lock alone may unlink, and only the file it has:
+	// somebody may have unlinked ours and made another.
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil && sameFile(f, h.path) {
+		if err := os.Remove(h.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return errors.Join(err, f.Close())
+		}
+	}
+	return f.Close()
+}
+
+func holdPath(root string, id ID) string {
+	return filepath.Join(root, "holds", fileName(id))
+}
+
+// takeHold locks the hold file of id without waiting. It must be called while
+// this process has the store open.
+func takeHold(root string, id ID, exclusive bool, command string, now time.Time) (*Hold, error) {
+	path := holdPath(root, id)
+	for {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return nil, fmt.Errorf("hold record %s: %w", short(id), classify(err))
+		}
+		how := unix.LOCK_SH
+		if exclusive {
+			how = unix.LOCK_EX
+		}
+		if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
+			locked := &LockedError{ID: id, Holders: []Holder{readHolder(f)}}
+			return nil, errors.Join(locked, f.Close())
+		}
+		if !sameFile(f, path) {
+			if err := f.Close(); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if text, err := json.Marshal(holdText{PID: os.Getpid(), Command: clip(command), Since: now}); err == nil {
+			// Best effort: the lock is the truth, the text a hint.
+			if _, err := f.WriteAt(append(text, '\n'), 0); err == nil {
+				_ = f.Truncate(int64(len(text) + 1))
+			}
+		}
+		return &Hold{id: id, path: path, exclusive: exclusive, file: f}, nil
+	}
+}
+
+// testHold says whether another process holds id in a way that excludes this
+// use: any hold excludes a writer, only an exclusive one a reader. It makes no
+// file: while this process has the store open, no file means nobody.
+func testHold(root string, id ID, write bool) (Holder, bool, error) {
+	f, err := os.OpenFile(holdPath(root, id), os.O_RDONLY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Holder{}, false, nil
+	}
+	if err != nil {
+		return Holder{}, false, fmt.Errorf("look for holders of record %s: %w", short(id), err)
+	}
+	defer f.Close()
+	how := unix.LOCK_SH
+	if write {
+		how = unix.LOCK_EX
+	}
+	err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return readHolder(f), true, nil
+	}
+	return Holder{}, false, err
+}
+
+// AwaitHold waits until no other process holds the record of id in the store
+// below root in a way that excludes this use, or ctx ends. The store must not
+// be open in this process: the others need it in order to finish.
+func AwaitHold(ctx context.Context, root string, id ID, write bool) error {
+	// A lock that is waited for cannot be given up when ctx ends; asking
+	// again costs two system calls.
+	pause := 5 * time.Millisecond
+	for {
+		_, busy, err := testHold(root, id, write)
+		if err != nil || !busy {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pause):
+			pause = min(pause*2, 100*time.Millisecond)
+		}
+	}
+}
+
+// foreignHolds says whether any process holds any record.
+func foreignHolds(root string) bool {
+	names, err := os.ReadDir(filepath.Join(root, "holds"))
+	if err != nil {
+		return !errors.Is(err, fs.ErrNotExist)
+	}
+	for _, n := range names {
+		f, err := os.Open(filepath.Join(root, "holds", n.Name()))
+		if err != nil {
+			continue
+		}
+		busy := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil
+		if f.Close(); busy {
+			return true
+		}
+	}
+	return false
+}
+
+// dropStaleHolds unlinks the hold files that nobody has locked. The caller has
+// the store open alone.
+func dropStaleHolds(root string) error {
+	names, err := os.ReadDir(filepath.Join(root, "holds"))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, n := range names {
+		path := filepath.Join(root, "holds", n.Name())
+		f, err := os.Open(path)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil && sameFile(f, path) {
+			errs = append(errs, os.Remove(path))
+		}
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func readHolder(f *os.File) Holder {
+	h := Holder{Kind: HolderProcess}
+	var text holdText
+	data, err := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
+	if err == nil && json.Unmarshal(data, &text) == nil {
+		h.PID, h.Command, h.Since = text.PID, text.Command, text.Since
+	}
+	return h
+}
+
+func sameFile(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Lstat(path)
+	return err == nil && os.SameFile(a, b)
+}
+
+// clip keeps what is shown of a command line short.
+func clip(s string) string {
+	const most = 200
+	if r := []rune(s); len(r) > most {
+		return string(r[:most]) + "..."
+	}
+	return s
+}
+
+// Detach turns the handle into a Hold, so that the snapshot can be worked in
+// after Close. The record must be retained. Mounts of the record outlive the
+// manager, too. Attach gives the handle back.
+func (r *MutableRef) Detach(ctx context.Context) (*Hold, error) {
+	h := r.h
+	h.m.lock()
+	recorded := h.e.recorded
+	h.m.unlock()
+	if !recorded {
+		return nil, fmt.Errorf("record %s is in memory only, retain it first: %w", short(h.id), errdefs.ErrFailedPrecondition)
+	}
+	return h.detach(ctx, true)
+}
+
+// Detach turns the handle into a Hold, so that the snapshot can be read after
+// Close. Mounts of the record outlive the manager, too.
+func (r *ImmutableRef) Detach(ctx context.Context) (*Hold, error) {
+	return r.h.detach(ctx, false)
+}
+
+func (h *handle) detach(_ context.Context, exclusive bool) (*Hold, error) {
+	m := h.m
+	end, err := m.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	e, done, err := h.use()
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	hold, err := takeHold(m.root, e.id, exclusive, m.command, m.now())
+	if err != nil {
+		return nil, err
+	}
+	m.pool.detach(e.id)
+	m.lock()
+	defer m.unlock()
+	h.noTouch = h.noTouch || exclusive // the use ends with the handle that Attach gives
+	m.releaseLocked(h)
+	return hold, nil
+}
+
+// Attach gives the writer's handle on the mutable record that hold, which must
+// be exclusive, was taken on. The hold stays taken until its own Release.
+func (m *Manager) Attach(ctx context.Context, hold *Hold) (*MutableRef, error) {
+	end, err := m.beginChange()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if !hold.exclusive {
+		return nil, fmt.Errorf("hold on record %s is for reading: %w", short(hold.id), errdefs.ErrInvalidArgument)
+	}
+	rec, err := m.read(ctx, hold.id)
+	if err == nil && rec.State != metadata.Mutable {
+		err = fmt.Errorf("it is %s: %w", rec.State, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach to record %s: %w", short(hold.id), err)
+	}
+	return m.getMutable(ctx, hold.id, ReopenOptions{}, hold)
+}
+
+// heldByProcess says whether a living process works under this driver key.
+func (m *Manager) heldByProcess(key string) bool {
+	_, busy, err := testHold(m.root, madeFor(key), true)
+	return busy || err != nil
+}

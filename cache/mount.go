@@ -1,0 +1,149 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// MountOptions say how a MutableRef is mounted.
+type MountOptions struct {
+	// ReadOnly refuses writes. Made while a writable mount is there, it shows
+	// what that one writes; made alone it has no upper directory and does not
+	// follow a writer that comes later.
+	ReadOnly bool
+}
+
+// Mount is a mounted record. The record cannot be removed or reopened until
+// Unmount, even when its handle was released.
+type Mount struct {
+	m        *Manager
+	e        *entry
+	key      poolKey
+	path     string
+	readOnly bool
+
+	// mu is a leaf, held across the unmount call.
+	mu   sync.Mutex
+	done bool
+}
+
+// Path is the directory where the tree is visible.
+func (t *Mount) Path() string { return t.path }
+
+// Mounts describes the mount for an OCI runtime: a bind mount of Path.
+func (t *Mount) Mounts() []mount.Mount {
+	mode := "rw"
+	if t.readOnly {
+		mode = "ro"
+	}
+	return []mount.Mount{{Type: "bind", Source: t.path, Options: []string{"rbind", mode}}}
+}
+
+// Unmount ends the mount; with the last user of a tree its kernel mount goes.
+// While files in it are open it fails with EBUSY and can be tried again.
+// Unmounting twice is harmless.
+func (t *Mount) Unmount() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.done {
+		return nil
+	}
+	if err := t.m.pool.put(t.key); err != nil {
+		return fmt.Errorf("unmount record %s: %w", short(t.e.id), err)
+	}
+	t.done = true
+	t.m.unuse(t.e)
+	return nil
+}
+
+// Mount mounts the record's tree read-only. Mounts of one record share one
+// kernel mount.
+func (r *ImmutableRef) Mount(ctx context.Context) (*Mount, error) {
+	return r.h.mount(ctx, true)
+}
+
+// Mount mounts the record's tree. All writable mounts of a record are one
+// kernel mount: each sees what the others write.
+func (r *MutableRef) Mount(ctx context.Context, o MountOptions) (*Mount, error) {
+	return r.h.mount(ctx, o.ReadOnly)
+}
+
+func (h *handle) mount(ctx context.Context, readOnly bool) (*Mount, error) {
+	m := h.m
+	end, err := m.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	e, done, err := h.use()
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	if !readOnly {
+		// A commit must not overlook a writable mount that is being made.
+		release, err := m.drive(ctx, e, "mount")
+		if err != nil {
+			return nil, err
+		}
+		defer release()
+		m.lock()
+		err = h.aliveLocked()
+		m.unlock()
+		if err != nil {
+			return nil, err
+		}
+	}
+	if !m.pool.private && !m.readOnly {
+		if err := m.marks.setDirty(); err != nil {
+			return nil, err
+		}
+	}
+	key := poolKey{id: e.id, readOnly: readOnly}
+	path, err := m.pool.get(ctx, key, func(target string) error {
+		return m.mountSnapshot(ctx, e, target, readOnly)
+	}, func() (string, error) {
+		dir, _, err := m.driver.Dir(ctx, m.current(e).Key)
+		return dir, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("mount record %s: %w", short(e.id), err)
+	}
+	m.lock()
+	defer m.unlock()
+	m.useLocked(e)
+	if !readOnly {
+		// The driver refuses a second writer, so from here on it is us.
+		m.written[e.rec.Key] = struct{}{}
+	}
+	return &Mount{m: m, e: e, key: key, path: path, readOnly: readOnly}, nil
+}
+
+// mountSnapshot asks the driver for the tree of e, under whatever name it has
+// by then: a finalize may rename it meanwhile.
+func (m *Manager) mountSnapshot(ctx context.Context, e *entry, target string, readOnly bool) error {
+	rec := m.current(e)
+	if rec.State == metadata.Lazy {
+		return fmt.Errorf("it is lazy and its snapshot cannot be made yet: %w", errdefs.ErrNotImplemented)
+	}
+	err := m.driver.Mount(ctx, rec.Key, target, readOnly)
+	if !errors.Is(err, errdefs.ErrNotFound) {
+		return err
+	}
+	// Renamed: either the record says so by now, or the swap is under way.
+	again := m.current(e).Key
+	if again == rec.Key {
+		again = string(e.id)
+	}
+	if err2 := m.driver.Mount(ctx, again, target, readOnly); err2 != nil {
+		return errors.Join(err, err2)
+	}
+	return nil
+}

@@ -1,0 +1,286 @@
+package cache
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/locker"
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// pool keeps the mounts of this process: at most one for writing and one for
+// reading of each record. An upper directory is never in two overlays at once,
+// so whatever comes second is a bind of the mount that has it.
+type pool struct {
+	// Fixed when made.
+	dir string
+	// private says that the mounts are in a namespace that dies with the
+	// process.
+	private bool
+	// plain says that the process cannot mount: the driver's own directory
+	// stands for a mount.
+	plain bool
+	locks *locker.Locker // one per record, held across the mount call
+
+	mu sync.Mutex
+	// Guarded by mu.
+	mounts map[poolKey]*poolMount
+}
+
+type poolKey struct {
+	id       metadata.ID
+	readOnly bool
+}
+
+type poolMount struct {
+	path string
+	refs int
+	// upper says that the kernel mount behind it has the snapshot as its
+	// upper directory, be it visible here for reading only.
+	upper bool
+	// plain says that nothing was mounted.
+	plain bool
+	// detached mounts outlive the manager.
+	detached bool
+}
+
+func newPool(root string, private, plain bool) *pool {
+	return &pool{
+		dir: filepath.Join(root, "mounts"), private: private, plain: plain,
+		locks: locker.New(), mounts: map[poolKey]*poolMount{},
+	}
+}
+
+func (p *pool) lockKey(id metadata.ID) (unlock func()) {
+	p.locks.Lock(string(id))
+	return func() {
+		if err := p.locks.Unlock(string(id)); err != nil {
+			panic("cache: mount pool: " + err.Error())
+		}
+	}
+}
+
+func (p *pool) lookup(key poolKey) *poolMount {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mounts[key]
+}
+
+// get gives the path of the mount of key, made by mount if there is none.
+// Each get wants a put.
+func (p *pool) get(ctx context.Context, key poolKey, mount func(target string) error, plain func() (string, error)) (string, error) {
+	defer p.lockKey(key.id)()
+	if t := p.lookup(key); t != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		t.refs++
+		return t.path, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return "", context.Cause(ctx)
+	}
+	t := &poolMount{refs: 1}
+	var err error
+	if p.plain {
+		t.plain = true
+		if t.path, err = plain(); err == nil && t.path == "" {
+			err = fmt.Errorf("nothing can be mounted here, and the driver has no plain directory: %w", errdefs.ErrFailedPrecondition)
+		}
+	} else {
+		other := p.lookup(poolKey{id: key.id, readOnly: !key.readOnly})
+		t.upper = !key.readOnly || other != nil && other.upper
+		t.path, err = p.mount(key, func(target string) error {
+			if other != nil && other.upper {
+				return bind(other.path, target, key.readOnly)
+			}
+			return mount(target)
+		})
+	}
+	if err != nil {
+		return "", err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.mounts[key] = t
+	return t.path, nil
+}
+
+// mount makes a directory for key and mounts on it.
+func (p *pool) mount(key poolKey, mount func(target string) error) (string, error) {
+	target, err := os.MkdirTemp(p.dir, mountName(key)+"~")
+	if err != nil {
+		return "", classify(err)
+	}
+	if err := mount(target); err != nil {
+		return "", errors.Join(err, os.Remove(target))
+	}
+	return target, nil
+}
+
+// put gives a get back and unmounts after the last one.
+func (p *pool) put(key poolKey) error {
+	defer p.lockKey(key.id)()
+	t := p.lookup(key)
+	if t == nil {
+		return nil
+	}
+	if t.refs == 1 {
+		if err := t.end(0); err != nil {
+			return err
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if t.refs--; t.refs == 0 {
+		delete(p.mounts, key)
+	}
+	return nil
+}
+
+func (t *poolMount) end(flags int) error {
+	if t.plain {
+		return nil
+	}
+	// EINVAL: somebody else unmounted it.
+	if err := unix.Unmount(t.path, flags|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+		return &os.PathError{Op: "unmount", Path: t.path, Err: err}
+	}
+	if err := os.Remove(t.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// writable reports whether a writable mount of id is there.
+func (p *pool) writable(id metadata.ID) bool {
+	return p.lookup(poolKey{id: id}) != nil
+}
+
+// mounted reports whether any mount of id is there.
+func (p *pool) mounted(id metadata.ID) bool {
+	return p.writable(id) || p.lookup(poolKey{id: id, readOnly: true}) != nil
+}
+
+// detach lets the mounts of id outlive the manager.
+func (p *pool) detach(id metadata.ID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, ro := range []bool{false, true} {
+		if t := p.mounts[poolKey{id: id, readOnly: ro}]; t != nil {
+			t.detached = true
+		}
+	}
+}
+
+// close ends all mounts that were not detached.
+func (p *pool) close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for key, t := range p.mounts {
+		if t.detached {
+			continue
+		}
+		errs = append(errs, t.end(unix.MNT_DETACH))
+		delete(p.mounts, key)
+	}
+	return errors.Join(errs...)
+}
+
+// makePrivate puts a file system of its own under the mount points, so that
+// their directories are seen by this process and its children only.
+func (p *pool) makePrivate() error {
+	var own, root unix.Stat_t
+	if err := unix.Stat(p.dir, &own); err != nil {
+		return &os.PathError{Op: "stat", Path: p.dir, Err: err}
+	}
+	if err := unix.Stat(filepath.Dir(p.dir), &root); err != nil {
+		return &os.PathError{Op: "stat", Path: filepath.Dir(p.dir), Err: err}
+	}
+	if own.Dev != root.Dev {
+		return nil // an earlier open of this process did
+	}
+	if err := unix.Mount("lamina", p.dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700"); err != nil {
+		return &os.PathError{Op: "mount tmpfs on", Path: p.dir, Err: err}
+	}
+	return nil
+}
+
+// cleanStale unmounts what a killed process left below the mount points.
+func (p *pool) cleanStale() error {
+	dir, err := filepath.EvalSymlinks(p.dir)
+	if err != nil {
+		return err
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, t := range mounts {
+		if t.Mountpoint != dir {
+			if err := unix.Unmount(t.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+				errs = append(errs, &os.PathError{Op: "unmount", Path: t.Mountpoint, Err: err})
+			}
+		}
+	}
+	names, err := os.ReadDir(dir)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	for _, n := range names {
+		if err := os.Remove(filepath.Join(dir, n.Name())); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func bind(source, target string, readOnly bool) error {
+	if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {
+		return &os.PathError{Op: "bind mount", Path: target, Err: err}
+	}
+	flags := uintptr(unix.MS_BIND | unix.MS_REMOUNT)
+	if readOnly {
+		flags |= unix.MS_RDONLY
+	}
+	if err := unix.Mount("", target, "", flags, ""); err != nil {
+		return errors.Join(&os.PathError{Op: "remount", Path: target, Err: err}, unix.Unmount(target, unix.MNT_DETACH))
+	}
+	return nil
+}
+
+// mountName makes a directory name that a person recognises.
+func mountName(key poolKey) string {
+	if key.readOnly {
+		return fileName(key.id) + "-ro"
+	}
+	return fileName(key.id)
+}
+
+// fileName turns an id, which may hold any bytes, into one path component.
+func fileName(id metadata.ID) string {
+	const most = 128
+	plain := id != "" && len(id) <= most && !strings.HasPrefix(string(id), ".") && !strings.HasPrefix(string(id), "sha-")
+	for i := 0; plain && i < len(id); i++ {
+		c := id[i]
+		plain = c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_' || c == '.'
+	}
+	if plain {
+		return string(id)
+	}
+	sum := sha256.Sum256([]byte(id))
+	return "sha-" + hex.EncodeToString(sum[:])
+}

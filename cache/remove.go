@@ -1,0 +1,322 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/snapshot"
+)
+
+// Removed is the outcome for one record that Remove was asked for.
+type Removed struct {
+	ID ID
+	// Freed is what its snapshot occupied, in bytes; 0 if Err is set.
+	Freed int64
+	// Err says why the record is still there: NotFound, ErrLocked, or
+	// FailedPrecondition with its children listed.
+	Err error
+}
+
+// Remove removes records for good, with their snapshots. Children go before
+// their parents whatever the order of ids; a record that is held or has other
+// children stays, the rest goes. All share one transaction. The space is free
+// when Remove returns.
+func (m *Manager) Remove(ctx context.Context, ids ...ID) ([]Removed, error) {
+	end, err := m.beginChange()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	r := &removal{m: m, victims: map[ID]*victim{}, failed: map[ID]error{}}
+	out := make([]Removed, len(ids))
+	for i, id := range ids {
+		out[i].ID = id
+	}
+	defer r.letGo()
+	r.take(ctx, ids)
+	order := r.order(ctx)
+	r.detach(ctx, order)
+	r.commit(ctx, order)
+	r.discard(ctx, order)
+	for i := range out {
+		id := r.names[out[i].ID]
+		if err := r.failed[id]; err != nil {
+			out[i].Err = fmt.Errorf("remove record %s: %w", short(out[i].ID), err)
+		} else {
+			out[i].Freed = r.victims[id].size
+		}
+	}
+	return out, nil
+}
+
+// removal is one call of Remove.
+type removal struct {
+	m       *Manager
+	victims map[ID]*victim
+	failed  map[ID]error
+	// names maps the ids that were asked for to those of the records.
+	names map[ID]ID
+}
+
+type victim struct {
+	e       *entry
+	rec     *Record
+	size    int64
+	trash   []snapshot.Pending
+	gone    bool
+	release func()
+	leave   func(gone bool)
+}
+
+// take finds the records and takes their tokens, in sorted order, so that two
+// removals cannot wait for each other.
+func (r *removal) take(ctx context.Context, ids []ID) {
+	m := r.m
+	r.names = map[ID]ID{}
+	for _, id := range ids {
+		e, err := m.find(ctx, id, false)
+		if err != nil {
+			r.names[id] = id
+			r.failed[id] = err
+			continue
+		}
+		r.names[id] = e.id
+		if r.victims[e.id] != nil {
+			m.drop(e)
+			continue
+		}
+		r.victims[e.id] = &victim{e: e}
+	}
+	for _, id := range slices.Sorted(maps.Keys(r.victims)) {
+		if err := r.hold(ctx, r.victims[id]); err != nil {
+			r.failed[id] = err
+		}
+	}
+}
+
+// hold makes sure that nobody holds v, and that nobody will.
+func (r *removal) hold(ctx context.Context, v *victim) (err error) {
+	m := r.m
+	if v.release, err = m.drive(ctx, v.e, "removal"); err != nil {
+		return err
+	}
+	if v.rec, err = m.read(ctx, v.e.id); err != nil {
+		return err
+	}
+	if h, busy, err := testHold(m.root, v.e.id, true); err != nil {
+		return err
+	} else if busy {
+		return &LockedError{ID: v.e.id, Holders: []Holder{h}}
+	}
+	if v.rec.State != metadata.Finalized {
+		if err := m.noForeignWriter(ctx, v.e.id, v.rec.Key); err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+			return err
+		}
+	}
+	m.lock()
+	defer m.unlock()
+	v.leave, err = m.leaveLocked(v.e)
+	return err
+}
+
+// order sorts the victims leaf first and refuses those that have a child which
+// stays.
+func (r *removal) order(ctx context.Context) (order []ID) {
+	// inside counts a victim's children among the victims that are not in
+	// order yet.
+	inside := map[ID]int{}
+	for id, v := range r.victims {
+		if v.rec == nil {
+			continue
+		}
+		inside[id] += 0
+		for _, p := range v.rec.Parents {
+			inside[p]++
+		}
+	}
+	var ready []ID
+	for id, n := range inside {
+		if n == 0 && r.victims[id] != nil {
+			ready = append(ready, id)
+		}
+	}
+	slices.Sort(ready)
+	err := r.m.store.View(ctx, func(tx *metadata.Tx) error {
+		for len(ready) > 0 {
+			id := ready[0]
+			ready = ready[1:]
+			if r.failed[id] == nil {
+				if stay := r.staying(tx, id); len(stay) > 0 {
+					r.failed[id] = fmt.Errorf("it has children (%s): %w", joinIDs(stay), errdefs.ErrFailedPrecondition)
+				} else {
+					order = append(order, id)
+				}
+			}
+			for _, p := range r.victims[id].rec.Parents {
+				if inside[p]--; inside[p] == 0 && r.victims[p] != nil {
+					ready = append(ready, p)
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		r.failAll(slices.Collect(maps.Keys(r.victims)), err)
+		return nil
+	}
+	return order
+}
+
+// staying lists children of id that do not go with it.
+func (r *removal) staying(tx *metadata.Tx, id ID) (out []ID) {
+	for child := range tx.Children(id) {
+		if r.victims[child] == nil || r.failed[child] != nil {
+			if out = append(out, child); len(out) == 5 {
+				return out
+			}
+		}
+	}
+	return out
+}
+
+func (r *removal) failAll(ids []ID, err error) {
+	for _, id := range ids {
+		if r.failed[id] == nil {
+			r.failed[id] = err
+		}
+	}
+}
+
+// detach takes the snapshots' names away: this is where a removal begins to
+// be visible on the disk.
+func (r *removal) detach(ctx context.Context, order []ID) {
+	m := r.m
+	if len(order) == 0 {
+		return
+	}
+	if err := m.marks.setDirty(); err != nil {
+		r.failAll(order, err)
+		return
+	}
+	for _, id := range order {
+		v := r.victims[id]
+		if v.size = v.rec.Size; v.size == metadata.SizeUnknown && v.rec.Key != "" {
+			// A size that cannot be had is no reason to keep a record.
+			u, err := m.driver.Usage(ctx, v.rec.Key)
+			if v.size = u.Size; err != nil {
+				v.size = 0
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			r.failed[id] = context.Cause(ctx)
+			continue
+		}
+		for _, key := range []string{v.rec.Key, v.rec.Was, string(id)} {
+			if key == "" {
+				continue
+			}
+			p, err := m.driver.Detach(ctx, key)
+			if err == nil {
+				v.trash = append(v.trash, p)
+			} else if !errors.Is(err, errdefs.ErrNotFound) {
+				r.failed[id] = err
+				break
+			}
+		}
+	}
+}
+
+// commit removes the records, and gives the names back to those that turn out
+// to be needed.
+func (r *removal) commit(ctx context.Context, order []ID) {
+	// What was begun is ended: the names are away already.
+	ctx = context.WithoutCancel(ctx)
+	var refused map[ID]error
+	err := errNothingToDo
+	if slices.ContainsFunc(order, func(id ID) bool { return r.failed[id] == nil }) {
+		err = r.m.store.Update(ctx, func(tx *metadata.Tx) error {
+			refused = map[ID]error{}
+			for _, id := range order {
+				if r.failed[id] != nil {
+					continue
+				}
+				err := tx.Delete(id)
+				if errors.Is(err, errdefs.ErrFailedPrecondition) {
+					refused[id] = err
+				} else if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	if err != nil {
+		r.failAll(order, err)
+	}
+	maps.Copy(r.failed, refused)
+	// Parents go back before their children.
+	for _, id := range slices.Backward(order) {
+		v := r.victims[id]
+		if v.gone = r.failed[id] == nil; v.gone {
+			continue
+		}
+		for _, p := range v.trash {
+			if err := r.m.driver.Restore(ctx, p); err != nil {
+				r.failed[id] = errors.Join(r.failed[id], err)
+				r.m.setLeftover()
+			}
+		}
+		v.trash = nil
+	}
+}
+
+var errNothingToDo = errors.New("no record is left to remove")
+
+// discard frees the space.
+func (r *removal) discard(ctx context.Context, order []ID) {
+	ctx = context.WithoutCancel(ctx)
+	m := r.m
+	for _, id := range order {
+		v := r.victims[id]
+		if !v.gone {
+			continue
+		}
+		m.lock()
+		delete(m.written, v.rec.Key)
+		delete(m.unswapped, id)
+		m.unlock()
+		for _, p := range v.trash {
+			if err := m.driver.Discard(ctx, p); err != nil {
+				// The record is gone; its bytes are left to the next open.
+				m.setLeftover()
+				m.log.Warn("bytes of a removed record are left to the next open", "id", id, "error", err)
+				v.size = 0
+			}
+		}
+	}
+}
+
+// letGo tells those who waited how it ended.
+func (r *removal) letGo() {
+	for _, v := range r.victims {
+		if v.leave != nil {
+			v.leave(v.gone)
+		}
+		if v.release != nil {
+			v.release()
+		}
+		r.m.drop(v.e)
+	}
+}
+
+func (m *Manager) setLeftover() {
+	m.lock()
+	defer m.unlock()
+	m.leftover = true
+}

@@ -1,0 +1,448 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+
+	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/snapshot"
+)
+
+// settling compares the driver's names with the records after an end that was
+// not clean. The names say what was under way, the records what is true:
+//
+//	found                                       done
+//	a name that a living process holds          left alone
+//	removal, record without children            record removed, then the bytes
+//	removal, record with a child                the name goes back
+//	removal, no record                          the bytes go
+//	active name that no record names            removed
+//	mutable or committed, active there          kept
+//	committed, committed under the record's id  the Finalize is finished
+//	finalized, only the former name is there    renamed again
+//	any, nothing there                          dropped with its descendants
+//
+// In another boot data that was not synced may be gone although its names are
+// there, so unsynced records are dropped first, and all names are compared
+// with all records.
+type settling struct {
+	m        *Manager
+	sameBoot bool
+	active   map[string]snapshot.Pending
+	removals []snapshot.Pending
+	// doomed are records to drop, with the reason for the log.
+	doomed map[metadata.ID]string
+	// fixes are records whose snapshot has its final name already.
+	fixes []metadata.ID
+}
+
+func (m *Manager) settle(ctx context.Context, meta metadata.Meta, sameBoot bool) error {
+	if err := m.marks.setDirty(); err != nil {
+		return err
+	}
+	if !m.pool.private {
+		if err := m.pool.cleanStale(); err != nil {
+			m.log.Warn("stale mounts could not be cleaned", "error", err)
+		}
+	}
+	if err := dropStaleHolds(m.root); err != nil {
+		m.log.Warn("stale holds could not be cleaned", "error", err)
+	}
+	s := &settling{m: m, sameBoot: sameBoot, doomed: map[metadata.ID]string{}}
+	for _, step := range []func(context.Context) error{
+		s.readNames, s.settleRemovals, s.judgeRecords, s.dropDoomed, s.dropUnrecorded,
+	} {
+		if err := step(ctx); err != nil {
+			return fmt.Errorf("settle the store: %w", err)
+		}
+	}
+	return s.finish(ctx, meta)
+}
+
+// held says whether a living process works in the snapshot made for id.
+func (s *settling) held(id metadata.ID) bool {
+	_, busy, err := testHold(s.m.root, id, true)
+	return busy || err != nil
+}
+
+func (s *settling) readNames(ctx context.Context) error {
+	if err := s.m.driver.Settle(ctx); err != nil {
+		return err
+	}
+	pending, err := s.m.driver.Pending(ctx)
+	if err != nil {
+		return err
+	}
+	s.active = map[string]snapshot.Pending{}
+	for _, p := range pending {
+		if p.Kind == snapshot.PendingActive {
+			s.active[p.Key] = p
+		} else {
+			s.removals = append(s.removals, p)
+		}
+	}
+	return nil
+}
+
+// settleRemovals finishes removals, or takes them back.
+func (s *settling) settleRemovals(ctx context.Context) error {
+	m := s.m
+	var discard []snapshot.Pending
+	for _, p := range s.removals {
+		var owner metadata.ID
+		var children int
+		err := m.store.View(ctx, func(tx *metadata.Tx) (err error) {
+			owner, err = tx.ByKey(p.Key)
+			if err == nil {
+				children = tx.ChildCount(owner)
+			}
+			return err
+		})
+		if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+			return err
+		}
+		if owner != "" && (children > 0 || s.held(owner)) {
+			if err := m.driver.Restore(ctx, p); err != nil {
+				return err
+			}
+			continue
+		}
+		if owner != "" {
+			m.log.Info("settled: removal finished", "id", owner, "key", p.Key)
+			if err := m.store.Update(ctx, func(tx *metadata.Tx) error { return tx.Delete(owner) }); err != nil {
+				return err
+			}
+		}
+		discard = append(discard, p)
+	}
+	for _, p := range discard {
+		if err := m.driver.Discard(ctx, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// judgeRecords looks at each record whose name or data may be wrong: in the
+// same boot those that say so of themselves, in another one all.
+func (s *settling) judgeRecords(ctx context.Context) error {
+	var records []*metadata.Record
+	err := s.m.store.View(ctx, func(tx *metadata.Tx) error {
+		if s.sameBoot {
+			for id := range tx.Unsettled() {
+				rec, err := tx.Get(id)
+				if err != nil {
+					s.m.log.Warn("record cannot be read", "id", id, "error", err)
+					continue
+				}
+				records = append(records, rec)
+			}
+			return nil
+		}
+		for rec, err := range tx.Records() {
+			if err != nil {
+				s.m.log.Warn("record cannot be read", "error", err)
+				continue
+			}
+			records = append(records, rec)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, rec := range records {
+		if rec.State == metadata.Lazy || s.held(rec.ID) {
+			continue
+		}
+		if !s.sameBoot && lostByPowerCut(rec) {
+			s.doomed[rec.ID] = "its data was not synced before the machine went down"
+			continue
+		}
+		if err := s.judge(ctx, rec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lostByPowerCut says whether the record's data may not have reached the disk.
+func lostByPowerCut(rec *metadata.Record) bool {
+	if rec.State == metadata.Mutable {
+		return rec.OnPowerCut == metadata.Drop
+	}
+	return rec.State != metadata.Lazy && !rec.Durable
+}
+
+func (s *settling) judge(ctx context.Context, rec *metadata.Record) error {
+	m := s.m
+	if rec.State != metadata.Finalized {
+		if _, ok := s.active[rec.Key]; ok {
+			return nil
+		}
+	}
+	if rec.State == metadata.Mutable {
+		s.doomed[rec.ID] = "its snapshot is gone"
+		return nil
+	}
+	st, err := m.driver.Stat(ctx, string(rec.ID))
+	switch {
+	case err != nil && !errors.Is(err, errdefs.ErrNotFound):
+		return err
+	case err == nil && st.Kind == snapshots.KindCommitted:
+		if rec.State == metadata.Committed {
+			m.log.Info("settled: finalize finished", "id", rec.ID)
+			s.fixes = append(s.fixes, rec.ID)
+		}
+		return nil
+	}
+	if _, ok := s.active[rec.Was]; ok && rec.State == metadata.Finalized {
+		m.log.Info("settled: lost rename repeated", "id", rec.ID)
+		if err := m.driver.Commit(ctx, string(rec.ID), rec.Was); err != nil {
+			return err
+		}
+		delete(s.active, rec.Was)
+		return nil
+	}
+	if rec.State == metadata.Finalized && rec.Key != string(rec.ID) {
+		// Adopted under a name of its own.
+		if _, err := m.driver.Stat(ctx, rec.Key); err == nil || !errors.Is(err, errdefs.ErrNotFound) {
+			return err
+		}
+	}
+	s.doomed[rec.ID] = "its snapshot is gone"
+	return nil
+}
+
+// dropDoomed removes the doomed records with all their descendants, leaf
+// first. A family in which a living process works is left alone.
+func (s *settling) dropDoomed(ctx context.Context) error {
+	var order []metadata.ID
+	seen := map[metadata.ID]bool{}
+	for id, why := range s.doomed {
+		family, err := s.family(ctx, id)
+		if err != nil {
+			return err
+		}
+		if at := s.heldIn(family); at != "" {
+			s.m.log.Warn("a record is broken but a process works in it", "id", id, "held", at, "reason", why)
+			continue
+		}
+		s.m.log.Warn("settled: record dropped", "id", id, "reason", why, "descendants", len(family)-1)
+		for _, member := range family {
+			if !seen[member] {
+				seen[member] = true
+				order = append(order, member)
+			}
+		}
+	}
+	return s.m.dropAll(ctx, order, s.active)
+}
+
+func (s *settling) heldIn(family []metadata.ID) metadata.ID {
+	for _, id := range family {
+		if s.held(id) {
+			return id
+		}
+	}
+	return ""
+}
+
+// family is id and its descendants, each after its own descendants.
+func (s *settling) family(ctx context.Context, id metadata.ID) (out []metadata.ID, err error) {
+	err = s.m.store.View(ctx, func(tx *metadata.Tx) error {
+		out = descendants(tx, id)
+		return nil
+	})
+	return out, err
+}
+
+// descendants lists id and all below it, each after its own children. It keeps
+// its own stack: chains are as long as users make them.
+func descendants(tx *metadata.Tx, id metadata.ID) (order []metadata.ID) {
+	type visit struct {
+		id   metadata.ID
+		seen bool // its children are on the stack above it, or done
+	}
+	stack := []visit{{id: id}}
+	known := map[metadata.ID]bool{id: true}
+	for len(stack) > 0 {
+		top := &stack[len(stack)-1]
+		if top.seen {
+			order = append(order, top.id)
+			stack = stack[:len(stack)-1]
+			continue
+		}
+		top.seen = true
+		for child := range tx.Children(top.id) {
+			if !known[child] {
+				known[child] = true
+				stack = append(stack, visit{id: child})
+			}
+		}
+	}
+	return order
+}
+
+// dropAll removes records, given leaf first, with whatever names their
+// snapshots have: names first into the trash, then the records in one
+// transaction, then the bytes.
+func (m *Manager) dropAll(ctx context.Context, ids []metadata.ID, active map[string]snapshot.Pending) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	var trash []snapshot.Pending
+	for _, id := range ids {
+		rec, err := m.read(ctx, id)
+		if err != nil {
+			return err
+		}
+		for _, key := range []string{rec.Key, rec.Was, string(id)} {
+			if key == "" {
+				continue
+			}
+			p, err := m.driver.Detach(ctx, key)
+			if errors.Is(err, errdefs.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			delete(active, key)
+			trash = append(trash, p)
+		}
+	}
+	err := m.store.Update(ctx, func(tx *metadata.Tx) error {
+		for _, id := range ids {
+			if err := tx.Delete(id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, p := range trash {
+		if err := m.driver.Discard(ctx, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dropUnrecorded removes names that no record names: active ones always, in
+// another boot committed ones, too.
+func (s *settling) dropUnrecorded(ctx context.Context) error {
+	m := s.m
+	var names []string
+	for key := range s.active {
+		names = append(names, key)
+	}
+	if !s.sameBoot {
+		committed, err := m.committedNames(ctx)
+		if err != nil {
+			return err
+		}
+		names = append(names, committed...)
+	}
+	var orphans []string
+	err := m.store.View(ctx, func(tx *metadata.Tx) error {
+		for _, key := range names {
+			_, err := tx.ByKey(key)
+			if errors.Is(err, errdefs.ErrNotFound) && !s.named(tx, key) {
+				orphans = append(orphans, key)
+			} else if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return s.dropNames(ctx, orphans)
+}
+
+// named says whether key is the final name of a record whose Finalize is
+// about to be finished, or belongs to a living process.
+func (s *settling) named(tx *metadata.Tx, key string) bool {
+	rec, err := tx.Get(metadata.ID(key))
+	if err == nil && rec.State == metadata.Committed && string(rec.ID) == key {
+		return true
+	}
+	return s.held(madeFor(key))
+}
+
+// dropNames removes names without a record. A parent goes after its children,
+// which the driver knows: what it refuses is tried again as long as others go.
+func (s *settling) dropNames(ctx context.Context, names []string) error {
+	m := s.m
+	for len(names) > 0 {
+		var kept []string
+		var last error
+		for _, key := range names {
+			p, err := m.driver.Detach(ctx, key)
+			switch {
+			case errors.Is(err, errdefs.ErrNotFound):
+			case errors.Is(err, errdefs.ErrFailedPrecondition):
+				kept, last = append(kept, key), err
+			case err != nil:
+				return err
+			default:
+				m.log.Info("settled: snapshot without a record removed", "key", key)
+				if err := m.driver.Discard(ctx, p); err != nil {
+					return err
+				}
+			}
+		}
+		if len(kept) == len(names) {
+			m.log.Warn("snapshots without a record have children", "keys", kept, "error", last)
+			return nil
+		}
+		names = kept
+	}
+	return nil
+}
+
+// committedNames lists all committed snapshots of the driver.
+func (m *Manager) committedNames(ctx context.Context) (names []string, err error) {
+	err = m.driver.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if info.Kind == snapshots.KindCommitted {
+			names = append(names, info.Name)
+		}
+		return nil
+	})
+	return names, err
+}
+
+// finish writes what was found in one transaction, and last the boot id, so
+// that a settling that is cut off starts over.
+func (s *settling) finish(ctx context.Context, meta metadata.Meta) error {
+	m := s.m
+	meta.Driver, meta.Attributes, meta.BootID = m.info.Name, m.info.Attributes, m.bootID
+	if s.sameBoot && len(s.fixes) == 0 {
+		return nil
+	}
+	err := m.store.Update(ctx, func(tx *metadata.Tx) error {
+		for _, id := range s.fixes {
+			rec, err := tx.Get(id)
+			if err != nil {
+				return err
+			}
+			finalized(rec, m.info)
+			if _, err := tx.Put(rec); err != nil {
+				return err
+			}
+		}
+		return tx.SetMeta(meta)
+	})
+	if err != nil {
+		return fmt.Errorf("settle the store: %w", err)
+	}
+	return nil
+}

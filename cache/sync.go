@@ -1,0 +1,130 @@
+package cache
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// Unsynced is a list of records whose data may not have reached the disk, as
+// they were at one moment. Sync it, then hand it to MarkSynced.
+type Unsynced struct {
+	m    *Manager
+	list []revision
+	done bool
+}
+
+// revision names one state of a record: what was learnt about it is void when
+// the record has moved on.
+type revision struct {
+	id  ID
+	rev uint64
+}
+
+// Len is the number of records on the list.
+func (u *Unsynced) Len() int { return len(u.list) }
+
+// Unsynced takes the list of records that are committed or finalized and not
+// durable yet.
+func (m *Manager) Unsynced(ctx context.Context) (*Unsynced, error) {
+	end, err := m.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	u := &Unsynced{m: m}
+	err = m.store.View(ctx, func(tx *metadata.Tx) error {
+		for id := range tx.Unsettled() {
+			rec, err := tx.Get(id)
+			if err != nil {
+				return err
+			}
+			if rec.State != metadata.Mutable && rec.State != metadata.Lazy {
+				u.list = append(u.list, revision{id, rec.Revision})
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list what is not synced: %w", err)
+	}
+	return u, nil
+}
+
+// Sync writes the data of the listed records to the disk. It needs neither the
+// store nor the manager that made the list to be open. After an error the data
+// must be taken as lost.
+func (u *Unsynced) Sync(ctx context.Context) error {
+	if len(u.list) > 0 {
+		if err := u.m.driver.Sync(ctx); err != nil {
+			return fmt.Errorf("sync snapshots: %w", err)
+		}
+	}
+	u.done = true
+	return nil
+}
+
+// MarkSynced writes that the records of a list that was synced are durable.
+// Those that changed since stay unmarked. It says how many were marked.
+func (m *Manager) MarkSynced(ctx context.Context, u *Unsynced) (int, error) {
+	end, err := m.beginChange()
+	if err != nil {
+		return 0, err
+	}
+	defer end()
+	if !u.done {
+		return 0, fmt.Errorf("the list was not synced: %w", errdefs.ErrFailedPrecondition)
+	}
+	if len(u.list) == 0 {
+		return 0, nil
+	}
+	var marked []*Record
+	err = m.store.Update(ctx, func(tx *metadata.Tx) error {
+		marked = marked[:0]
+		for _, r := range u.list {
+			rec, err := tx.Get(r.id)
+			if is(err, errdefs.ErrNotFound) || err == nil && (rec.ID != r.id || rec.Revision != r.rev) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			rec.Durable = true
+			if rec.State == metadata.Finalized {
+				rec.Was = "" // the rename is on the disk, too
+			}
+			if rec.Revision, err = tx.Put(rec); err != nil {
+				return err
+			}
+			marked = append(marked, rec)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("mark what was synced: %w", err)
+	}
+	m.lock()
+	defer m.unlock()
+	for _, rec := range marked {
+		if e := m.entries[rec.ID]; e != nil && e.rec != nil {
+			m.publishLocked(e, rec)
+		}
+	}
+	return len(marked), nil
+}
+
+// Sync makes everything that is committed now survive a power cut, and says
+// for how many records that was news. One sync serves them all.
+func (m *Manager) Sync(ctx context.Context) (int, error) {
+	u, err := m.Unsynced(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if err := u.Sync(ctx); err != nil {
+		return 0, err
+	}
+	return m.MarkSynced(ctx, u)
+}
