@@ -110,7 +110,7 @@ func (r *MutableRef) commit(ctx context.Context, o CommitOptions) (*ImmutableRef
 	}
 	m.recordedLocked(e)
 	m.dropHandleLocked(r.h)
-	return &ImmutableRef{h: m.handleLocked(e, HolderImmutable, 2)}, nil
+	return &ImmutableRef{h: m.handleLocked(e, HolderImmutable)}, nil
 }
 
 // takeValues moves values from the parent of the record that is edited, and

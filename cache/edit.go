@@ -2,6 +2,7 @@ package cache
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -94,7 +95,9 @@ func (e *Edit) writeAttachments(tx *metadata.Tx) error {
 	for _, name := range slices.Sorted(maps.Keys(e.attach)) {
 		var err error
 		if data := e.attach[name]; data == nil {
-			err = tx.DeleteAttachment(e.rec.ID, name)
+			if err = tx.DeleteAttachment(e.rec.ID, name); errors.Is(err, errdefs.ErrNotFound) {
+				err = nil
+			}
 		} else {
 			err = tx.SetAttachment(e.rec.ID, name, data)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -53,7 +54,7 @@ type handle struct {
 	kind    HolderKind
 	noTouch bool
 	since   time.Time
-	pcs     [4]uintptr
+	pcs     [6]uintptr
 
 	// Guarded by Manager.mu.
 	released bool
@@ -62,17 +63,15 @@ type handle struct {
 // site is the first caller outside this package.
 func (h *handle) site() string {
 	frames := runtime.CallersFrames(h.pcs[:])
-	var last string
 	for {
 		f, more := frames.Next()
-		if f.File != "" {
-			last = fmt.Sprintf("%s:%d", f.File, f.Line)
-		}
-		if !more {
-			return last
+		if !strings.HasPrefix(f.Function, thisPackage) && f.File != "" || !more {
+			return fmt.Sprintf("%s:%d", f.File, f.Line)
 		}
 	}
 }
+
+const thisPackage = "github.com/lamina-build/lamina/cache."
 
 // lock takes mu. It exists so that all lock sites are found by one name.
 func (m *Manager) lock()   { m.mu.Lock() }
@@ -122,12 +121,11 @@ func (m *Manager) unuse(e *entry) {
 	m.unuseLocked(e)
 }
 
-// handleLocked adds a handle to e. skip counts the frames between the public
-// method and here.
-func (m *Manager) handleLocked(e *entry, kind HolderKind, skip int) *handle {
+// handleLocked adds a handle to e.
+func (m *Manager) handleLocked(e *entry, kind HolderKind) *handle {
 	m.assertLocked()
 	h := &handle{m: m, e: e, id: e.id, kind: kind, since: m.now()}
-	runtime.Callers(skip+2, h.pcs[:])
+	runtime.Callers(3, h.pcs[:]) // from whoever called our caller
 	e.handles[h] = struct{}{}
 	e.lives++
 	return h

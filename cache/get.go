@@ -40,7 +40,7 @@ func (m *Manager) Get(ctx context.Context, id ID, o GetOptions) (*ImmutableRef, 
 		}
 		return nil, fmt.Errorf("record %s is mutable: commit it first: %w", short(id), errdefs.ErrFailedPrecondition)
 	}
-	h := m.handleLocked(e, HolderImmutable, 1)
+	h := m.handleLocked(e, HolderImmutable)
 	h.noTouch = o.NoUpdate
 	return &ImmutableRef{h: h}, nil
 }

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -28,12 +27,7 @@ type kind struct {
 var (
 	overlayKind = kind{"overlay", func(t testing.TB, root string) snapshot.Driver { return openDriver(t, root, "overlay") }}
 	nativeKind  = kind{"native", func(t testing.TB, root string) snapshot.Driver { return openDriver(t, root, "native") }}
-	adaptedKind = kind{"containerd-overlayfs", func(t testing.TB, root string) snapshot.Driver {
-		s, err := overlay.NewSnapshotter(filepath.Join(root, "containerd"), overlay.AsynchronousRemove)
-		require.NoError(t, err)
-		return snapshot.Adapt("containerd-overlayfs", s, snapshot.AdaptOptions{})
-	}}
-	kinds = []kind{overlayKind, nativeKind, adaptedKind}
+	kinds = []kind{overlayKind, nativeKind}
 )
 
 func openDriver(t testing.TB, root, name string) snapshot.Driver {

@@ -121,7 +121,7 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 		e.parents = append(e.parents, pe)
 	}
 	m.written[rec.Key] = struct{}{}
-	return &MutableRef{h: m.handleLocked(e, HolderMutable, 1)}, nil
+	return &MutableRef{h: m.handleLocked(e, HolderMutable)}, nil
 }
 
 // create writes the first transaction of a record that was edited in memory.

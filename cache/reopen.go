@@ -103,7 +103,7 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 		m.publishLocked(e, rec)
 		e.recorded = true
 		defer m.unlock()
-		return &MutableRef{h: m.handleLocked(e, HolderMutable, 3)}, nil
+		return &MutableRef{h: m.handleLocked(e, HolderMutable)}, nil
 	}
 	m.unlock()
 	if err != nil {
@@ -119,7 +119,7 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 	ne := m.entryLocked(next.ID)
 	defer m.dropLocked(ne)
 	ne.rec, ne.recorded = next, true
-	return &MutableRef{h: m.handleLocked(ne, HolderMutable, 3)}, nil
+	return &MutableRef{h: m.handleLocked(ne, HolderMutable)}, nil
 }
 
 // replace is the transaction of a reopen.
