@@ -1,0 +1,181 @@
+package fsat
+
+import (
+	"bytes"
+	"errors"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Xattr is one extended attribute.
+type Xattr struct {
+	Name  string
+	Value []byte
+}
+
+// Kept says whether an extended attribute belongs to what a tree holds and is
+// copied with it.
+//
+//   - user.* and POSIX ACLs always: the owner of a file may set them, and
+//     without its ACL the group bits of a file's mode mean something else;
+//   - trusted.* and security.capability for root, who alone may set them;
+//   - never the marks of overlayfs (trusted.overlay.*, user.overlay.*), which
+//     would change what an overlay shows, and never labels of the machine's
+//     own policy (security.selinux, security.ima, security.evm, ...).
+func Kept(name string, root bool) bool {
+	switch {
+	case strings.HasPrefix(name, "user.overlay."), strings.HasPrefix(name, "trusted.overlay."):
+		return false
+	case strings.HasPrefix(name, "user."):
+		return true
+	case name == aclAccess, name == aclDefault:
+		return true
+	case strings.HasPrefix(name, "trusted."), name == "security.capability":
+		return root
+	}
+	return false
+}
+
+const (
+	aclAccess  = "system.posix_acl_access"
+	aclDefault = "system.posix_acl_default"
+)
+
+// Xattrs reads the kept attributes of an open file, sorted by name; nil where
+// there are none or the file system has none. path is set for descriptors
+// opened with O_PATH, on which the kernel refuses the direct calls.
+func Xattrs(fd int, path, root bool) ([]Xattr, error) {
+	names, err := listXattrs(fd, path)
+	if err != nil || len(names) == 0 {
+		return nil, err
+	}
+	var out []Xattr
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
+		if !Kept(name, root) {
+			continue
+		}
+		value, err := getXattr(fd, path, name)
+		if errors.Is(err, unix.ENODATA) {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, Xattr{Name: name, Value: value})
+	}
+	slices.SortFunc(out, func(a, b Xattr) int { return strings.Compare(a.Name, b.Name) })
+	return out, nil
+}
+
+func listXattrs(fd int, path bool) ([]byte, error) {
+	return grow(func(buf []byte) (int, error) {
+		if path {
+			return unix.Listxattr(ProcPath(fd), buf)
+		}
+		return unix.Flistxattr(fd, buf)
+	})
+}
+
+func getXattr(fd int, path bool, name string) ([]byte, error) {
+	return grow(func(buf []byte) (int, error) {
+		if path {
+			return unix.Getxattr(ProcPath(fd), name, buf)
+		}
+		return unix.Fgetxattr(fd, name, buf)
+	})
+}
+
+// grow calls read with larger buffers until the answer fits. The kernel's
+// limit for a list and for a value is 64 KiB.
+func grow(read func([]byte) (int, error)) ([]byte, error) {
+	var small [256]byte
+	buf := small[:]
+	for {
+		n, err := read(buf)
+		switch {
+		case err == nil:
+			return bytes.Clone(buf[:n]), nil
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.ERANGE) && len(buf) < 1<<20:
+			buf = make([]byte, max(4096, 4*len(buf)))
+		case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOSYS):
+			return nil, nil
+		default:
+			return nil, err
+		}
+	}
+}
+
+// EqualXattrs compares two sorted lists.
+func EqualXattrs(a, b []Xattr) bool {
+	return slices.EqualFunc(a, b, func(x, y Xattr) bool {
+		return x.Name == y.Name && bytes.Equal(x.Value, y.Value)
+	})
+}
+
+// SetXattrs makes the kept attributes of an open file equal to want, removing
+// those that it has beside (a new file inherits an ACL from its directory).
+// refused lists attributes that this file system or this user cannot set, with
+// the reason; everything else that goes wrong is an error.
+func SetXattrs(fd int, path bool, want []Xattr, root bool) (refused []string, err error) {
+	have, err := Xattrs(fd, path, root)
+	if err != nil {
+		return nil, err
+	}
+	if EqualXattrs(have, want) {
+		return nil, nil
+	}
+	for _, h := range have {
+		if slices.ContainsFunc(want, func(w Xattr) bool { return w.Name == h.Name }) {
+			continue
+		}
+		if err := removeXattr(fd, path, h.Name); err != nil && !errors.Is(err, unix.ENODATA) {
+			if !isRefusal(err) {
+				return refused, err
+			}
+			refused = append(refused, "extended attribute "+h.Name+" not removed: "+err.Error())
+		}
+	}
+	// An access ACL changes the mode and with it the right to set user.*, so
+	// ACLs come last.
+	for _, acls := range []bool{false, true} {
+		for _, w := range want {
+			if (w.Name == aclAccess || w.Name == aclDefault) != acls {
+				continue
+			}
+			if slices.ContainsFunc(have, func(h Xattr) bool { return h.Name == w.Name && bytes.Equal(h.Value, w.Value) }) {
+				continue
+			}
+			if err := setXattr(fd, path, w); err != nil {
+				if !isRefusal(err) {
+					return refused, err
+				}
+				refused = append(refused, "extended attribute "+w.Name+" not kept: "+err.Error())
+			}
+		}
+	}
+	return refused, nil
+}
+
+// isRefusal tells the errors that mean "not here" or "not you" from those that
+// mean that something broke.
+func isRefusal(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) ||
+		errors.Is(err, unix.EINVAL) || errors.Is(err, unix.E2BIG)
+}
+
+func setXattr(fd int, path bool, x Xattr) error {
+	if path {
+		return unix.Setxattr(ProcPath(fd), x.Name, x.Value, 0)
+	}
+	return unix.Fsetxattr(fd, x.Name, x.Value, 0)
+}
+
+func removeXattr(fd int, path bool, name string) error {
+	if path {
+		return unix.Removexattr(ProcPath(fd), name)
+	}
+	return unix.Fremovexattr(fd, name)
+}
