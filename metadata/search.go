@@ -21,7 +21,7 @@ func (tx *Tx) pairs(bucket, first string) iter.Seq[ID] {
 		}
 		for k, v := range tx.scan(bucket, pairPrefix(first)) {
 			_, id, ok := splitPair(k)
-			if !ok || len(v) != 0 || v == nil || id == "" || len(id) > MaxIDLen {
+			if !ok || v == nil || id == "" || len(id) > MaxIDLen {
 				continue
 			}
 			if !yield(ID(id)) {
@@ -123,7 +123,7 @@ func (tx *Tx) prefixed(prefix string) iter.Seq2[string, ID] {
 				continue
 			}
 			key, id, whole := splitPair(k)
-			if whole && v != nil && len(v) == 0 && id != "" && len(id) <= MaxIDLen && !yield(key, ID(id)) {
+			if whole && v != nil && id != "" && len(id) <= MaxIDLen && !yield(key, ID(id)) {
 				return
 			}
 			k, v, ok = c.next()
@@ -176,7 +176,7 @@ func (tx *Tx) ByIDPrefix(prefix string) iter.Seq[ID] {
 func (tx *Tx) Unsettled() iter.Seq[ID] {
 	return func(yield func(ID) bool) {
 		for k, v := range tx.scan(bucketUnsettled, nil) {
-			if v == nil || len(v) != 0 || len(k) > MaxIDLen {
+			if v == nil || len(k) > MaxIDLen {
 				continue
 			}
 			r, err := tx.load(ID(k))
