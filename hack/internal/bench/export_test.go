@@ -1,0 +1,4 @@
+package bench
+
+// Transactions is transactions, for the tests.
+var Transactions = transactions

@@ -1,0 +1,86 @@
+package bench_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/lamina-build/lamina/hack/internal/bench"
+)
+
+// slowed opens a subject that lives in memory and whose New of an unindexed
+// record takes at least pause.
+func slowed(name string, pause time.Duration) bench.Opener {
+	return bench.Opener{
+		Name: name,
+		Open: func(_ context.Context, dir string) (bench.Subject, error) {
+			db, err := bolt.Open(filepath.Join(dir, "db"), 0o600, nil)
+			if err != nil {
+				return nil, err
+			}
+			return &fake{pause: pause, index: map[string]string{}}, db.Close()
+		},
+		Databases: func(dir string) []string { return []string{filepath.Join(dir, "db")} },
+	}
+}
+
+type fake struct {
+	pause time.Duration
+
+	mu    sync.Mutex
+	last  int
+	index map[string]string
+}
+
+func (f *fake) New(_ context.Context, _ bench.Immutable, values ...bench.Value) (bench.Mutable, error) {
+	if len(values) == 0 {
+		for start := time.Now(); time.Since(start) < f.pause; {
+			continue
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.last++
+	id := strconv.Itoa(f.last)
+	for _, v := range values {
+		f.index[v.Index] = id
+	}
+	return fakeRef(id), nil
+}
+
+func (f *fake) Get(_ context.Context, id string) (bench.Immutable, error) { return fakeImm(id), nil }
+
+func (f *fake) GetMutable(_ context.Context, id string) (bench.Mutable, error) {
+	return fakeRef(id), nil
+}
+
+func (f *fake) Search(_ context.Context, key string) ([]string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if id, ok := f.index[key]; ok {
+		return []string{id}, nil
+	}
+	return nil, os.ErrNotExist
+}
+
+func (f *fake) Close() error { return nil }
+
+type (
+	fakeRef string
+	fakeImm string
+)
+
+func (r fakeRef) ID() string                                      { return string(r) }
+func (r fakeRef) WriteFile(context.Context, string, []byte) error { return nil }
+func (r fakeRef) Commit(context.Context) (bench.Immutable, error) { return fakeImm(r), nil }
+func (r fakeRef) Release(context.Context) error                   { return nil }
+
+func (i fakeImm) ID() string                                  { return string(i) }
+func (i fakeImm) Finalize(context.Context) error              { return nil }
+func (i fakeImm) SetValue(context.Context, bench.Value) error { return nil }
+func (i fakeImm) Release(context.Context) error               { return nil }

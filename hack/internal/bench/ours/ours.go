@@ -1,0 +1,115 @@
+// Package ours puts Lamina's cache under the bench.
+package ours
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+
+	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/hack/internal/bench"
+)
+
+// Opener opens Lamina as a daemon would: the store stays open, and mounts are
+// its own.
+func Opener() bench.Opener {
+	return bench.Opener{
+		Name: bench.Ours,
+		Open: func(ctx context.Context, dir string) (bench.Subject, error) {
+			m, err := cache.Open(ctx, cache.Options{Root: dir})
+			if err != nil {
+				return nil, err
+			}
+			return subject{m}, nil
+		},
+		Databases: func(dir string) []string { return []string{filepath.Join(dir, "lamina.db")} },
+	}
+}
+
+type subject struct{ m *cache.Manager }
+
+func (s subject) New(ctx context.Context, parent bench.Immutable, values ...bench.Value) (bench.Mutable, error) {
+	var ref *cache.ImmutableRef
+	if parent != nil {
+		ref = parent.(immutable).ref
+	}
+	var o cache.NewOptions
+	for _, v := range values {
+		o.Values = append(o.Values, value(v))
+	}
+	mut, err := s.m.New(ctx, ref, o)
+	if err != nil {
+		return nil, err
+	}
+	return mutable{mut}, nil
+}
+
+func (s subject) Get(ctx context.Context, id string) (bench.Immutable, error) {
+	ref, err := s.m.Get(ctx, cache.ID(id), cache.GetOptions{})
+	if err != nil {
+		return nil, err
+	}
+	return immutable{ref}, nil
+}
+
+func (s subject) GetMutable(ctx context.Context, id string) (bench.Mutable, error) {
+	mut, err := s.m.GetMutable(ctx, cache.ID(id))
+	if err != nil {
+		return nil, err
+	}
+	return mutable{mut}, nil
+}
+
+func (s subject) Search(ctx context.Context, key string) ([]string, error) {
+	found, err := s.m.Search(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	ids := make([]string, 0, len(found))
+	for _, id := range found {
+		ids = append(ids, string(id))
+	}
+	return ids, nil
+}
+
+func (s subject) Close() error { return s.m.Close() }
+
+type mutable struct{ ref *cache.MutableRef }
+
+func (m mutable) ID() string { return string(m.ref.ID()) }
+
+func (m mutable) WriteFile(ctx context.Context, name string, data []byte) error {
+	mnt, err := m.ref.Mount(ctx, cache.MountOptions{})
+	if err != nil {
+		return err
+	}
+	err = os.WriteFile(filepath.Join(mnt.Path(), name), data, 0o600)
+	return errors.Join(err, mnt.Unmount())
+}
+
+func (m mutable) Commit(ctx context.Context) (bench.Immutable, error) {
+	ref, err := m.ref.Commit(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return immutable{ref}, nil
+}
+
+func (m mutable) Release(ctx context.Context) error { return m.ref.Release(ctx) }
+
+type immutable struct{ ref *cache.ImmutableRef }
+
+func (i immutable) ID() string { return string(i.ref.ID()) }
+
+func (i immutable) Finalize(ctx context.Context) error { return i.ref.Finalize(ctx) }
+
+func (i immutable) SetValue(ctx context.Context, v bench.Value) error {
+	return i.ref.SetValue(ctx, value(v))
+}
+
+func (i immutable) Release(ctx context.Context) error { return i.ref.Release(ctx) }
+
+func value(v bench.Value) cache.Value {
+	return cache.Value{Name: v.Name, Data: []byte(v.Data), Index: v.Index}
+}

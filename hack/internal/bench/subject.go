@@ -1,0 +1,98 @@
+package bench
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"os"
+)
+
+// Opener opens a cache of one kind.
+type Opener struct {
+	// Name stands over the subject's column.
+	Name string
+	// Open opens, or makes, the cache in dir.
+	Open func(ctx context.Context, dir string) (Subject, error)
+	// Databases are the paths of the bbolt files of the cache in dir.
+	Databases func(dir string) []string
+}
+
+// Subject is an open cache. Its methods are safe for concurrent use.
+type Subject interface {
+	// New makes a writable snapshot over parent, which may be nil. What is
+	// committed from it stays after its last handle is released.
+	New(ctx context.Context, parent Immutable, values ...Value) (Mutable, error)
+	// Get gives a handle on a record and notes that it is used.
+	Get(ctx context.Context, id string) (Immutable, error)
+	// GetMutable makes a committed record writable again.
+	GetMutable(ctx context.Context, id string) (Mutable, error)
+	// Search returns the ids of the records with a value indexed by key.
+	Search(ctx context.Context, key string) ([]string, error)
+	// Close waits for all that is under way.
+	Close() error
+}
+
+// Value is a datum of a record that Search finds by Index.
+type Value struct{ Name, Data, Index string }
+
+// Mutable is the writer's handle on a snapshot.
+type Mutable interface {
+	ID() string
+	// WriteFile mounts the snapshot, writes one file and unmounts it.
+	WriteFile(ctx context.Context, name string, data []byte) error
+	// Commit consumes the handle.
+	Commit(ctx context.Context) (Immutable, error)
+	Release(ctx context.Context) error
+}
+
+// Immutable is a reader's handle on a record.
+type Immutable interface {
+	ID() string
+	// Finalize returns when the snapshot is committed in its driver.
+	Finalize(ctx context.Context) error
+	SetValue(ctx context.Context, v Value) error
+	Release(ctx context.Context) error
+}
+
+// transactions is the number of write transactions that the bbolt files saw
+// since they were made. It reads the transaction id of the newer meta page,
+// which every write transaction that commits adds one to.
+func transactions(files []string) (uint64, error) {
+	var sum uint64
+	for _, file := range files {
+		id, err := txid(file)
+		if err != nil {
+			return 0, fmt.Errorf("read the transaction id of %s: %w", file, err)
+		}
+		sum += id
+	}
+	return sum, nil
+}
+
+// A bbolt file starts with two meta pages: a page header of 16 bytes, then
+// magic and version (u32 each), page size (u32) and, at 64, the id (u64).
+const (
+	pageSizeAt = 24
+	txidAt     = 64
+)
+
+func txid(file string) (id uint64, err error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close() //nolint:errcheck // only read
+
+	var first [txidAt + 8]byte
+	if _, err := f.ReadAt(first[:], 0); err != nil {
+		return 0, err
+	}
+	id = binary.NativeEndian.Uint64(first[txidAt:])
+	var second [8]byte
+	pageSize := int64(binary.NativeEndian.Uint32(first[pageSizeAt:]))
+	if _, err := f.ReadAt(second[:], pageSize+txidAt); err != nil && err != io.EOF {
+		return 0, err
+	}
+	return max(id, binary.NativeEndian.Uint64(second[:])), nil
+}

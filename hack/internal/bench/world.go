@@ -1,0 +1,141 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// world is a subject with records in it, on which operations are measured.
+type world struct {
+	opener  Opener
+	dir     string
+	subject Subject
+	// base is held: the parent of what operations make.
+	base Immutable
+	// ids are the finalized records that fill the state, indexed by
+	// indexKey of their place.
+	ids []string
+	// turn picks another record for each sample.
+	turn int
+}
+
+// chain is the length of the chains that the state consists of, and fileSize
+// the one file in each snapshot: layers of an image, so to say.
+const (
+	chain    = 10
+	fileSize = 4096
+)
+
+func indexKey(i int) string { return fmt.Sprintf("bench/%08d", i) }
+
+// newWorld opens a cache in a new directory below dir and fills it with n
+// finalized records.
+func newWorld(ctx context.Context, o Opener, dir string, n int) (_ *world, err error) {
+	w := &world{opener: o, dir: filepath.Join(dir, fmt.Sprintf("%s-%d", o.Name, n))}
+	if err := os.Mkdir(w.dir, 0o700); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("%s with %d records: %w", o.Name, n, err), w.close(ctx))
+		}
+	}()
+	if w.subject, err = o.Open(ctx, w.dir); err != nil {
+		return nil, err
+	}
+	if w.base, err = w.add(ctx, nil); err != nil {
+		return nil, err
+	}
+	if err := w.fill(ctx, n); err != nil {
+		return nil, err
+	}
+	return w, nil
+}
+
+// fill makes chains of finalized records, n in all with the base.
+func (w *world) fill(ctx context.Context, n int) error {
+	w.ids = append(w.ids, w.base.ID())
+	for len(w.ids) < n {
+		var parent Immutable
+		for range min(chain, n-len(w.ids)) {
+			next, err := w.add(ctx, parent)
+			if parent != nil {
+				err = errors.Join(err, parent.Release(ctx))
+			}
+			if err != nil {
+				return err
+			}
+			parent = next
+			w.ids = append(w.ids, next.ID())
+		}
+		if err := parent.Release(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// add makes one finalized record with a file and an indexed value.
+func (w *world) add(ctx context.Context, parent Immutable) (Immutable, error) {
+	i := len(w.ids)
+	mut, err := w.subject.New(ctx, parent, Value{Name: "bench", Data: fmt.Sprint(i), Index: indexKey(i)})
+	if err != nil {
+		return nil, err
+	}
+	if err := mut.WriteFile(ctx, fmt.Sprintf("file-%d", i), make([]byte, fileSize)); err != nil {
+		return nil, errors.Join(err, mut.Release(ctx))
+	}
+	imm, err := mut.Commit(ctx)
+	if err != nil {
+		return nil, errors.Join(err, mut.Release(ctx))
+	}
+	if err := imm.Finalize(ctx); err != nil {
+		return nil, errors.Join(err, imm.Release(ctx))
+	}
+	return imm, nil
+}
+
+// next picks the place of another record for each call, in an order that is
+// the same for every subject.
+func (w *world) next() int {
+	w.turn++
+	// 7919 is a prime: its multiples visit every place of any state that is
+	// not a multiple of it.
+	return w.turn * 7919 % len(w.ids)
+}
+
+// reopen closes the cache; the function that it returns opens it.
+func (w *world) reopen(ctx context.Context) (open func(context.Context) error, err error) {
+	if err := w.base.Release(ctx); err != nil {
+		return nil, err
+	}
+	w.base = nil
+	if err := w.subject.Close(); err != nil {
+		return nil, err
+	}
+	w.subject = nil
+	return func(ctx context.Context) (err error) {
+		w.subject, err = w.opener.Open(ctx, w.dir)
+		return err
+	}, nil
+}
+
+// hold takes the base again after a reopen.
+func (w *world) hold(ctx context.Context) (err error) {
+	w.base, err = w.subject.Get(ctx, w.ids[0])
+	return err
+}
+
+func (w *world) close(ctx context.Context) error {
+	var err error
+	if w.base != nil {
+		err = w.base.Release(ctx)
+	}
+	if w.subject != nil {
+		err = errors.Join(err, w.subject.Close())
+	}
+	return err
+}
