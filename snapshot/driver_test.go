@@ -1,8 +1,11 @@
 package snapshot_test
 
 import (
+	"path/filepath"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/stretchr/testify/require"
 
 	"github.com/lamina-build/lamina/snapshot"
@@ -20,3 +23,14 @@ func opener(driver string) func(t *testing.T, root string) snapshot.Driver {
 func TestOverlay(t *testing.T) { snapshottest.Run(t, "overlayfs", opener(snapshot.Overlay)) }
 
 func TestNative(t *testing.T) { snapshottest.Run(t, "native", opener(snapshot.Native)) }
+
+// containerds is containerd's own overlay snapshotter through the adaptor.
+func containerds(t *testing.T, root string) snapshot.Driver {
+	db, err := storage.NewMetaStore(filepath.Join(root, "metadata.db"))
+	require.NoError(t, err)
+	s, err := overlay.NewSnapshotter(root, overlay.WithMetaStore(db), overlay.AsynchronousRemove)
+	require.NoError(t, err)
+	return snapshot.Adapt("overlayfs", s, snapshot.AdaptOptions{Root: root, Attributes: snapshot.Trusted})
+}
+
+func TestAdapted(t *testing.T) { snapshottest.Run(t, "overlayfs", containerds) }

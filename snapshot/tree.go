@@ -118,16 +118,18 @@ func (t *tree) rename(step string, from, to entry) error {
 }
 
 // lock takes the locks of the keys, without empty ones, in their order.
-func (t *tree) lock(keys ...string) (unlock func()) {
+func (t *tree) lock(keys ...string) (unlock func()) { return lockKeys(t.locks, keys) }
+
+func lockKeys(locks *locker.Locker, keys []string) (unlock func()) {
 	slices.Sort(keys)
 	keys = slices.Compact(keys)
 	keys = slices.DeleteFunc(keys, func(k string) bool { return k == "" })
 	for _, k := range keys {
-		t.locks.Lock(k)
+		locks.Lock(k)
 	}
 	return func() {
 		for _, k := range keys {
-			if err := t.locks.Unlock(k); err != nil {
+			if err := locks.Unlock(k); err != nil {
 				panic(fmt.Sprintf("snapshot: unlock %q: %v", k, err))
 			}
 		}
