@@ -264,13 +264,14 @@ func (l *leader) run(withUses bool) {
 			l.dropAll(nil)
 			return
 		}
-		if !outOfSpace(err) || (len(l.batch) == 1 && (!withUses || l.batch[0].flush)) {
-			l.dropAll(err)
-			return
-		}
 		// What is too much together may fit alone: a removal must not fail
 		// for the size of its neighbour, nor for uses that ride along.
-		l.each()
+		rode := withUses && l.s.uses.waiting() > 0 && !l.batch[0].flush
+		if outOfSpace(err) && (len(l.batch) > 1 || rode) {
+			l.each()
+		} else {
+			l.dropAll(err)
+		}
 		return
 	}
 }
