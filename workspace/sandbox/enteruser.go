@@ -21,16 +21,18 @@ const confirmed = "ok"
 func enterUser() error {
 	// The child is killed when this thread ends; it stays until the exit.
 	runtime.LockOSThread()
+	signals := make(chan os.Signal, 16)
+	notify(signals)
 	cmd, answer, err := startInUserNamespace()
 	if err != nil {
+		signal.Stop(signals)
 		runtime.UnlockOSThread()
 		return err
 	}
-	signals := make(chan os.Signal, 16)
-	notify(signals)
 	// A namespace can be made on some systems but not used: the child tries,
 	// and says so before it does anything else.
 	said, err := io.ReadAll(answer)
+	err = errors.Join(err, answer.Close())
 	if string(said) != confirmed {
 		signal.Stop(signals)
 		waitErr := cmd.Wait()

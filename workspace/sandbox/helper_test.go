@@ -55,9 +55,13 @@ type programResult struct {
 
 // programSpec is what the helper "run" is to do.
 type programSpec struct {
-	Spec   Spec
-	Enter  bool
-	Result string
+	Args, Env     []string
+	Dir, Source   string
+	Grace         time.Duration
+	Private       bool
+	Enter         bool
+	TerminalStdin bool
+	Result        string
 }
 
 func init() {
@@ -70,20 +74,23 @@ func init() {
 			return 99
 		}
 		var r programResult
+		s := Spec{
+			Args: p.Args, Env: p.Env, Dir: p.Dir, Source: p.Source, Grace: p.Grace, Private: p.Private,
+			Stdout: os.Stdout, Stderr: os.Stderr,
+		}
 		if p.Enter {
 			r.Namespace = Enter()
-			p.Spec.Private = r.Namespace.Private
+			s.Private = r.Namespace.Private
+		}
+		if p.TerminalStdin {
+			s.Stdin = os.Stdin
 		}
 		ctx, cancel := context.WithCancelCause(context.Background())
 		signals := make(chan os.Signal, 1)
 		signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
 		go func() { cancel(SignalError{(<-signals).(syscall.Signal)}) }()
-		p.Spec.Stdout, p.Spec.Stderr = os.Stdout, os.Stderr
-		if p.Spec.Env == nil {
-			p.Spec.Env = os.Environ()
-		}
 		var err error
-		r.Exit, err = Run(ctx, p.Spec)
+		r.Exit, err = Run(ctx, s)
 		r.Status = r.Exit.Status()
 		var start *StartError
 		var cause SignalError
@@ -217,7 +224,10 @@ func (p place) resultFile() string { return p.dir + "/own/result" }
 // runner is the helper "run" for a spec.
 func (p place) runner(t *testing.T, s Spec, enter bool) *exec.Cmd {
 	t.Helper()
-	text, err := json.Marshal(programSpec{Spec: s, Enter: enter, Result: p.resultFile()})
+	text, err := json.Marshal(programSpec{
+		Args: s.Args, Env: s.Env, Dir: s.Dir, Source: s.Source, Grace: s.Grace, Private: s.Private,
+		Enter: enter, TerminalStdin: s.Stdin != nil, Result: p.resultFile(),
+	})
 	require.NoError(t, err)
 	return p.program(t, "run", string(text))
 }
