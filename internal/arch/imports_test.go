@@ -88,6 +88,8 @@ func TestRules(t *testing.T) {
 		{"workspace/source", Module + "/metadata", inBuild, false},
 		{"workspace/source", Module + "/workspace/internal/fsat", inBuild, true},
 		{"workspace/internal/fsat", Module + "/workspace/source", inBuild, false},
+		{"workspace/output", Module + "/workspace/source", inBuild, true},
+		{"workspace/source", Module + "/workspace/output", inBuild, false},
 		{"workspace/output", Module + "/workspace", inTest, false},
 		{"migrate", Module + "/cache", inBuild, true},
 		{"migrate", Module + "/workspace", inBuild, false},

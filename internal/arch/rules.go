@@ -54,7 +54,7 @@ var rooms = map[string][]string{
 	// and used, alone.
 	"workspace/sandbox":  {"workspace/internal", "snapshot"},
 	"workspace/source":   {"workspace/internal", "contenthash"},
-	"workspace/output":   {"workspace/internal"},
+	"workspace/output":   {"workspace/internal", "workspace/source"}, // outputs are copied as sources are
 	"workspace/internal": {},
 
 	"migrate":    {"cache", "metadata", "snapshot", "contenthash"},
