@@ -2,9 +2,13 @@ package cache
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/metadata"
 )
@@ -12,8 +16,8 @@ import (
 // Unsynced is a list of records whose data may not have reached the disk, as
 // they were at one moment. Sync it, then hand it to MarkSynced.
 type Unsynced struct {
-	m    *Manager
 	list []revision
+	sync func(context.Context) error
 	done bool
 }
 
@@ -35,7 +39,7 @@ func (m *Manager) Unsynced(ctx context.Context) (*Unsynced, error) {
 		return nil, err
 	}
 	defer end()
-	u := &Unsynced{m: m}
+	u := &Unsynced{sync: m.driver.Sync}
 	err = m.store.View(ctx, func(tx *metadata.Tx) error {
 		for id := range tx.Unsettled() {
 			rec, err := tx.Get(id)
@@ -48,6 +52,9 @@ func (m *Manager) Unsynced(ctx context.Context) (*Unsynced, error) {
 		}
 		return nil
 	})
+	if err == nil && m.ownDriver && len(u.list) > 0 {
+		u.sync, err = syncAlone(filepath.Join(m.root, "snapshots"))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list what is not synced: %w", err)
 	}
@@ -59,12 +66,31 @@ func (m *Manager) Unsynced(ctx context.Context) (*Unsynced, error) {
 // must be taken as lost.
 func (u *Unsynced) Sync(ctx context.Context) error {
 	if len(u.list) > 0 {
-		if err := u.m.driver.Sync(ctx); err != nil {
+		if err := u.sync(ctx); err != nil {
 			return fmt.Errorf("sync snapshots: %w", err)
 		}
 	}
 	u.done = true
 	return nil
+}
+
+// syncAlone syncs the file system of dir, also when the driver, which has a
+// descriptor of its own for that, is closed by then. The descriptor is opened
+// now: the kernel reports to it what goes wrong from here on.
+func syncAlone(dir string) (func(context.Context) error, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error {
+		if ctx.Err() != nil {
+			return errors.Join(context.Cause(ctx), f.Close())
+		}
+		if err := unix.Syncfs(int(f.Fd())); err != nil {
+			return errors.Join(&os.PathError{Op: "syncfs", Path: dir, Err: err}, f.Close())
+		}
+		return f.Close()
+	}, nil
 }
 
 // MarkSynced writes that the records of a list that was synced are durable.
