@@ -134,6 +134,11 @@ func (m *Manager) mountSnapshot(ctx context.Context, e *entry, target string, re
 		return fmt.Errorf("it is lazy and its snapshot cannot be made yet: %w", errdefs.ErrNotImplemented)
 	}
 	err := m.driver.Mount(ctx, rec.Key, target, readOnly)
+	if errors.Is(err, errdefs.ErrFailedPrecondition) && !readOnly {
+		if busy, perr := m.driver.InUse(ctx, rec.Key); perr == nil && busy {
+			return errors.Join(&LockedError{ID: e.id, Holders: []Holder{{Kind: HolderWriter}}}, err)
+		}
+	}
 	if !errors.Is(err, errdefs.ErrNotFound) {
 		return err
 	}
