@@ -255,6 +255,9 @@ func (l *leader) run(withUses bool) {
 			l.drop(c, err)
 		}
 	}
+	if !slices.ContainsFunc(l.batch, func(c *call) bool { return !c.flush }) && !l.s.finalWork(l.batch) {
+		l.dropAll(nil)
+	}
 	for len(l.batch) > 0 {
 		again, err := l.attempt(withUses)
 		if again {

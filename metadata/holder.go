@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // The lock is bbolt's flock on the store itself. What is in the file beside
@@ -21,12 +22,19 @@ const maxCommand = 256
 
 // printableCommand quotes what could harm a terminal, and cuts.
 func printableCommand(c string) string {
-	q := strconv.Quote(c)
-	c = strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)
-	if len(c) > maxCommand {
-		c = strings.ToValidUTF8(c[:maxCommand-3], "") + "..."
+	var b strings.Builder
+	for _, r := range c {
+		if unicode.IsPrint(r) {
+			b.WriteRune(r)
+		} else {
+			q := strconv.QuoteRune(r)
+			b.WriteString(q[1 : len(q)-1])
+		}
+		if b.Len() > maxCommand {
+			return b.String() + "..."
+		}
 	}
-	return c
+	return b.String()
 }
 
 type holderText struct {
