@@ -3,6 +3,7 @@ package bench_test
 import (
 	"bytes"
 	"encoding/json"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -108,6 +109,8 @@ func TestTransactionsAreCounted(t *testing.T) {
 		require.NoError(t, err)
 		require.EqualValues(t, i+1, now-first)
 	}
-	_, err = bench.Transactions([]string{file + ".missing"})
-	require.Error(t, err)
+	short := filepath.Join(t.TempDir(), "short")
+	require.NoError(t, os.WriteFile(short, []byte("no database"), 0o600))
+	_, err = bench.Transactions([]string{short})
+	require.ErrorContains(t, err, short)
 }

@@ -81,6 +81,7 @@ func (r fakeRef) Commit(context.Context) (bench.Immutable, error) { return fakeI
 func (r fakeRef) Release(context.Context) error                   { return nil }
 
 func (i fakeImm) ID() string                                  { return string(i) }
+func (i fakeImm) ReopenID() string                            { return string(i) }
 func (i fakeImm) Finalize(context.Context) error              { return nil }
 func (i fakeImm) SetValue(context.Context, bench.Value) error { return nil }
 func (i fakeImm) Release(context.Context) error               { return nil }

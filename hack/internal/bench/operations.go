@@ -122,7 +122,7 @@ func prepareReopen(ctx context.Context, w *world, _ int) (sample, error) {
 	if err != nil {
 		return sample{}, err
 	}
-	id := imm.ID()
+	id := imm.ReopenID()
 	if err := imm.Release(ctx); err != nil {
 		return sample{}, err
 	}

@@ -3,8 +3,10 @@ package bench
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 )
 
@@ -16,6 +18,9 @@ type Opener struct {
 	Open func(ctx context.Context, dir string) (Subject, error)
 	// Databases are the paths of the bbolt files of the cache in dir.
 	Databases func(dir string) []string
+	// Portable says that a closed cache may be copied to another directory.
+	// Its state is then built in memory, without a disk to wait for.
+	Portable bool
 }
 
 // Subject is an open cache. Its methods are safe for concurrent use.
@@ -25,7 +30,8 @@ type Subject interface {
 	New(ctx context.Context, parent Immutable, values ...Value) (Mutable, error)
 	// Get gives a handle on a record and notes that it is used.
 	Get(ctx context.Context, id string) (Immutable, error)
-	// GetMutable makes a committed record writable again.
+	// GetMutable makes a committed record writable again; id is its
+	// ReopenID.
 	GetMutable(ctx context.Context, id string) (Mutable, error)
 	// Search returns the ids of the records with a value indexed by key.
 	Search(ctx context.Context, key string) ([]string, error)
@@ -49,6 +55,8 @@ type Mutable interface {
 // Immutable is a reader's handle on a record.
 type Immutable interface {
 	ID() string
+	// ReopenID is the id by which GetMutable finds the record.
+	ReopenID() string
 	// Finalize returns when the snapshot is committed in its driver.
 	Finalize(ctx context.Context) error
 	SetValue(ctx context.Context, v Value) error
@@ -62,6 +70,9 @@ func transactions(files []string) (uint64, error) {
 	var sum uint64
 	for _, file := range files {
 		id, err := txid(file)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // some are made at their first use
+		}
 		if err != nil {
 			return 0, fmt.Errorf("read the transaction id of %s: %w", file, err)
 		}
@@ -91,7 +102,7 @@ func txid(file string) (id uint64, err error) {
 	id = binary.NativeEndian.Uint64(first[txidAt:])
 	var second [8]byte
 	pageSize := int64(binary.NativeEndian.Uint32(first[pageSizeAt:]))
-	if _, err := f.ReadAt(second[:], pageSize+txidAt); err != nil && err != io.EOF {
+	if _, err := f.ReadAt(second[:], pageSize+txidAt); err != nil && !errors.Is(err, io.EOF) {
 		return 0, err
 	}
 	return max(id, binary.NativeEndian.Uint64(second[:])), nil

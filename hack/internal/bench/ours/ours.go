@@ -102,6 +102,9 @@ type immutable struct{ ref *cache.ImmutableRef }
 
 func (i immutable) ID() string { return string(i.ref.ID()) }
 
+// ReopenID is the id itself: one record owns the snapshot.
+func (i immutable) ReopenID() string { return i.ID() }
+
 func (i immutable) Finalize(ctx context.Context) error { return i.ref.Finalize(ctx) }
 
 func (i immutable) SetValue(ctx context.Context, v bench.Value) error {
