@@ -1,6 +1,7 @@
 package snapshot_test
 
 import (
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -11,6 +12,8 @@ import (
 	"github.com/lamina-build/lamina/snapshot"
 	"github.com/lamina-build/lamina/snapshot/snapshottest"
 )
+
+func TestMain(m *testing.M) { os.Exit(snapshottest.Main(m)) }
 
 func opener(driver string) func(t *testing.T, root string) snapshot.Driver {
 	return func(t *testing.T, root string) snapshot.Driver {

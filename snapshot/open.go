@@ -223,7 +223,7 @@ func (t *tree) origin(ctx context.Context, o Options) (origin, error) {
 // cannot be, as for a user who may only look, the former findings stand: the
 // names can be worked with, and a mount says for itself what it lacks.
 func (t *tree) another(ctx context.Context, o Options, was origin) (origin, error) {
-	found, err := o.Trial(ctx, t.path(dirNew), overlayfs.TryOptions{UserXattr: was.Attributes == User})
+	found, err := t.try(ctx, o, was.Attributes)
 	if ctx.Err() != nil {
 		return origin{}, context.Cause(ctx)
 	}
@@ -241,6 +241,19 @@ func (t *tree) another(ctx context.Context, o Options, was origin) (origin, erro
 	return now, nil
 }
 
+// try makes a trial, and another if it fails: a process that makes a mount
+// namespace just then keeps a copy of the trial's mount, and its upper
+// directory stays in use.
+func (t *tree) try(ctx context.Context, o Options, class string) (found overlayfs.Support, err error) {
+	for range 3 {
+		found, err = o.Trial(ctx, t.path(dirNew), overlayfs.TryOptions{UserXattr: class == User})
+		if err != nil || found.OK {
+			break
+		}
+	}
+	return found, err
+}
+
 // decide chooses the driver of a new tree.
 func (t *tree) decide(ctx context.Context, o Options) (origin, error) {
 	made := origin{Driver: Native, Reason: "asked for", Kernel: kernel()}
@@ -249,7 +262,7 @@ func (t *tree) decide(ctx context.Context, o Options) (origin, error) {
 		if class == "" {
 			class = defaultAttributes()
 		}
-		found, err := o.Trial(ctx, t.path(dirNew), overlayfs.TryOptions{UserXattr: class == User})
+		found, err := t.try(ctx, o, class)
 		switch {
 		case err != nil:
 			return origin{}, err

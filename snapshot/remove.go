@@ -117,11 +117,16 @@ func (t *tree) discard(e entry) error {
 	if err := t.dropLinks(at); err != nil {
 		return err
 	}
-	adopted, err := t.adopted(at)
+	// From here on Restore refuses: what is left is no snapshot any more.
+	gone := filepath.Join(at, "gone")
+	if err := os.Rename(filepath.Join(at, "fs"), gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	adopted, err := t.adopted(gone)
 	if err != nil {
 		return err
 	}
-	for _, dir := range []string{adopted, filepath.Join(at, "fs"), filepath.Join(at, "work")} {
+	for _, dir := range []string{adopted, gone, filepath.Join(at, "work")} {
 		if dir == "" {
 			continue
 		}
@@ -135,18 +140,18 @@ func (t *tree) discard(e entry) error {
 	return removeTree(at)
 }
 
-// adopted is the directory in which an adopted entry's fs lies, empty for
+// adopted is the directory that an adopted entry's fs leads to, empty for
 // entries that have their own. Only links of the one form that an adoption
 // makes are taken, so that no other link leads a removal elsewhere.
-func (t *tree) adopted(at string) (string, error) {
-	link, err := os.Readlink(filepath.Join(at, "fs"))
+func (t *tree) adopted(fsPath string) (string, error) {
+	link, err := os.Readlink(fsPath)
 	if err != nil {
 		return "", ignoreNoLink(err)
 	}
 	n, ok := strings.CutPrefix(link, "../../"+dirAdopted+"/")
 	n = strings.TrimSuffix(n, "/fs")
 	if !ok || n == "" || n == "." || n == ".." || strings.ContainsRune(n, '/') {
-		return "", fmt.Errorf("fs of %q is a link to %q, which no adoption makes: %w", at, link, errdefs.ErrDataLoss)
+		return "", fmt.Errorf("%q is a link to %q, which no adoption makes: %w", fsPath, link, errdefs.ErrDataLoss)
 	}
 	return t.path(dirAdopted, n), nil
 }
@@ -171,6 +176,11 @@ func (t *tree) restore(e, from entry) error {
 	s, err := readState(filepath.Join(at, "info"), from.dir == dirCommitted)
 	if err != nil {
 		return asNotFound(err)
+	}
+	if there, err := exists(filepath.Join(at, "fs")); err != nil {
+		return err
+	} else if !there && (!s.View || s.Parent == "") {
+		return fmt.Errorf("its bytes are being deleted: %w", errdefs.ErrNotFound)
 	}
 	key, ok := decodeKey(from.name)
 	if !ok {
