@@ -339,7 +339,7 @@ func (s *syncer) copyFile(ctx context.Context, r *reader, k int32) (err error) {
 	// Where the stat data could have missed a change since the scan, only the
 	// content itself says that it is what was scanned.
 	if !n.readForSure(s.t.started) {
-		_, sum, err := r.sum(ctx, out, func(int64) {})
+		_, sum, err := r.sum(ctx, out, n.size, func(int64) {})
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -463,13 +463,19 @@ func (s *syncer) makeLinks(ctx context.Context) error {
 			}
 			s.count.Add(1)
 			stale[n.link] = true
-		} else if s.act[n.link] == attrs {
-			stale[n.link] = true
+		}
+	}
+	// Removing a name of a file counts as a change of it, too.
+	if removed := slices.Contains(s.gone, true); removed || s.count.Load() > 0 {
+		for k := range s.t.nodes {
+			if l := s.t.nodes[k].link; s.seen[l].nlink > 1 && s.t.nodes[k].typ != Dir && s.out[k].copy.set {
+				stale[l] = true
+			}
 		}
 	}
 	for k := range s.t.nodes {
 		l := s.t.nodes[k].link
-		if !stale[l] {
+		if !stale[l] || !s.out[l].copy.set {
 			continue
 		}
 		fd, err := s.dst.Open(s.t.path(int32(k)), unix.O_PATH, 0)
@@ -539,9 +545,13 @@ func (s *syncer) finishDirs(context.Context) error {
 		if err != nil {
 			return fsat.Error("set attributes in workspace of", path, err)
 		}
-		if s.act[k] == create || was == nil || !was.copy.set || !s.sameSourceAttrs(n, was) || see != was.copy.mode {
-			s.count.Add(1)
+		if s.act[k] != create && was != nil && was.copy.set && see == was.copy.mode {
+			old := *was
+			if old.mtime = n.mtime; s.sameSourceAttrs(n, &old) {
+				continue // its time alone
+			}
 		}
+		s.count.Add(1)
 	}
 	return nil
 }

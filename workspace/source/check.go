@@ -204,7 +204,7 @@ func (s *syncer) verifyFile(ctx context.Context, r *reader, k int32) (action, er
 		return create, fsat.Error("open in workspace", path, err)
 	}
 	defer fsat.Close(fd)
-	_, sum, err := r.sum(ctx, fd, func(int64) {})
+	_, sum, err := r.sum(ctx, fd, n.size, func(int64) {})
 	if ctx.Err() != nil {
 		return create, context.Cause(ctx)
 	}

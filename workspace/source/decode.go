@@ -60,7 +60,7 @@ func unpack(b []byte) (string, error) {
 		if size > maxRatio*uint64(len(packed)) {
 			return "", errors.New("length out of proportion")
 		}
-		dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(size+1), zstd.WithDecodeAllCapLimit(true))
+		dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxBody), zstd.WithDecodeAllCapLimit(true))
 		if err != nil {
 			return "", err
 		}

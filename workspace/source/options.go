@@ -2,7 +2,6 @@ package source
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -18,7 +17,8 @@ type Options struct {
 	// Exclude are patterns as in a .dockerignore file, matched against paths
 	// relative to the source: `*` and `?` stay within one name, `**` goes over
 	// any number, a match covers all that is below, the last match wins, `!`
-	// takes back in. A directory that matches is kept only for the sake of
+	// takes back in what was excluded. They mean what they mean to BuildKit. A
+	// directory that matches is kept only for the sake of
 	// what is taken back in below it.
 	Exclude []string
 
@@ -63,7 +63,7 @@ func (o Options) rules(dir string) (*rules, error) {
 	if len(o.Skip) == 0 {
 		return r, nil
 	}
-	real, err := realPath(dir)
+	real, err := fsat.RealPath(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -135,49 +135,25 @@ func (r *rules) addSkip(real, p string) error {
 	if err != nil {
 		return fmt.Errorf("path to skip: %w", err)
 	}
-	parent, err := realPath(filepath.Dir(abs))
+	parent, err := fsat.RealPath(filepath.Dir(abs))
 	if err != nil {
 		return err
 	}
-	full, err := realPath(abs)
+	full, err := fsat.RealPath(abs)
 	if err != nil {
 		return err
 	}
 	for _, q := range []string{filepath.Join(parent, filepath.Base(abs)), full} {
-		rel, err := filepath.Rel(real, q)
-		if err != nil {
-			return fmt.Errorf("path to skip: %w", err)
-		}
-		if outside := rel == ".." || strings.HasPrefix(rel, "../"); !outside && rel != "." {
+		switch {
+		case fsat.Inside(real, q):
+			return fsat.Refuse(errdefs.ErrInvalidArgument, real, "the source directory lies in %q, which is not source", p)
+		case fsat.Inside(q, real):
+			rel := strings.TrimPrefix(q[len(real):], "/")
 			r.skip[rel] = true
 			for up := filepath.Dir(rel); up != "."; up = filepath.Dir(up) {
 				r.above[up] = true
 			}
-			continue
-		}
-		back, err := filepath.Rel(q, real)
-		if err == nil && back != ".." && !strings.HasPrefix(back, "../") {
-			return fsat.Refuse(errdefs.ErrInvalidArgument, real, "the source directory lies in %q, which is not source", p)
 		}
 	}
 	return nil
-}
-
-// realPath is path made absolute with its links resolved, as far as it exists.
-func realPath(path string) (string, error) {
-	abs, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
-	}
-	rest := ""
-	for p := abs; ; p = filepath.Dir(p) {
-		real, err := filepath.EvalSymlinks(p)
-		if err == nil {
-			return filepath.Join(real, rest), nil
-		}
-		if !os.IsNotExist(err) && !os.IsPermission(err) && !fsat.Absent(err) || p == "/" {
-			return "", fsat.Error("resolve", path, err)
-		}
-		rest = filepath.Join(filepath.Base(p), rest)
-	}
 }

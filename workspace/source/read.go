@@ -94,7 +94,7 @@ func (s *scanner) readFile(ctx context.Context, r *reader, n *node, path string,
 		if !now.fill(n.name, &before) || now.typ != File {
 			return &ChangedError{Path: path}
 		}
-		size, sum, err := r.sum(ctx, fd, m.add)
+		size, sum, err := r.sum(ctx, fd, before.Size, m.add)
 		if err != nil {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
@@ -136,10 +136,14 @@ const readSize = 128 << 10
 
 func newReader() *reader { return &reader{hash: sha256.New(), buf: make([]byte, readSize)} }
 
-// sum reads fd from its start to its end.
-func (r *reader) sum(ctx context.Context, fd int, report func(int64)) (size int64, sum [32]byte, err error) {
+// sum reads fd from its start to its end, or until there is more than
+// expected: a file that grows as fast as it is read has no end.
+func (r *reader) sum(ctx context.Context, fd int, expect int64, report func(int64)) (size int64, sum [32]byte, err error) {
 	r.hash.Reset()
 	for {
+		if size > expect {
+			return size, sum, nil
+		}
 		if err := ctx.Err(); err != nil {
 			return 0, sum, err
 		}
