@@ -30,15 +30,20 @@ type entry struct {
 	attachments map[string][]byte
 	handles     map[*handle]struct{}
 	// uses counts operations, mounts and unrecorded children that need the
-	// snapshot to stay. lives counts whoever merely needs the entry to stay
-	// in the table, such as those who wait for the token.
+	// snapshot to stay; mounts are those of them that Refs lists. lives
+	// counts whoever merely needs the entry to stay in the table, such as
+	// those who wait for the token.
 	uses, lives int
+	mounts      map[*Mount]struct{}
 	// driving says what the owner of the token does, and since when.
 	driving string
 	since   time.Time
 	// leaving is not nil while a removal or a reopen is under way, and is
 	// closed when its outcome is known.
 	leaving chan struct{}
+	// gone says that the record has left: the entry is no longer in the
+	// table, and rec is what was known last.
+	gone bool
 	// touched says that a handle whose use counts was released since the
 	// last time there were none.
 	touched bool
@@ -54,15 +59,28 @@ type handle struct {
 	kind    HolderKind
 	noTouch bool
 	since   time.Time
-	pcs     [6]uintptr
+	caller  caller
 
 	// Guarded by Manager.mu.
 	released bool
 }
 
+// caller remembers who called this package. Finding out the line is left to
+// whoever asks.
+type caller struct {
+	pcs [6]uintptr
+	n   int
+}
+
+// callerOf skips this many of the functions that lead here.
+func callerOf(skip int) (c caller) {
+	c.n = runtime.Callers(skip+2, c.pcs[:])
+	return c
+}
+
 // site is the first caller outside this package.
-func (h *handle) site() string {
-	frames := runtime.CallersFrames(h.pcs[:])
+func (c *caller) site() string {
+	frames := runtime.CallersFrames(c.pcs[:c.n])
 	for {
 		f, more := frames.Next()
 		if !strings.HasPrefix(f.Function, thisPackage) && f.File != "" || !more {
@@ -86,6 +104,7 @@ func (m *Manager) entryLocked(id metadata.ID) *entry {
 			id:      id,
 			token:   make(chan struct{}, 1),
 			handles: map[*handle]struct{}{},
+			mounts:  map[*Mount]struct{}{},
 		}
 		m.entries[id] = e
 	}
@@ -97,7 +116,18 @@ func (m *Manager) entryLocked(id metadata.ID) *entry {
 func (m *Manager) dropLocked(e *entry) {
 	m.assertLocked()
 	e.lives--
+	m.assertCounts(e)
 	if e.lives == 0 && m.entries[e.id] == e {
+		delete(m.entries, e.id)
+	}
+}
+
+// forgetLocked takes e, whose record has left, out of the table. Those who
+// still refer to it see that it is gone.
+func (m *Manager) forgetLocked(e *entry) {
+	m.assertLocked()
+	e.gone = true
+	if m.entries[e.id] == e {
 		delete(m.entries, e.id)
 	}
 }
@@ -124,16 +154,20 @@ func (m *Manager) unuse(e *entry) {
 // handleLocked adds a handle to e.
 func (m *Manager) handleLocked(e *entry, kind HolderKind) *handle {
 	m.assertLocked()
-	h := &handle{m: m, e: e, id: e.id, kind: kind, since: m.now()}
-	runtime.Callers(3, h.pcs[:]) // from whoever called our caller
+	h := &handle{m: m, e: e, id: e.id, kind: kind, since: m.now(), caller: callerOf(2)}
 	e.handles[h] = struct{}{}
 	e.lives++
 	return h
 }
 
-// dropHandleLocked takes h off its entry. It says whether h was the last.
+// dropHandleLocked takes h off its entry, unless that was done before: a
+// Release may come while a Commit of the same handle is under way. It says
+// whether h was the last.
 func (m *Manager) dropHandleLocked(h *handle) (last bool) {
 	m.assertLocked()
+	if h.released {
+		return false
+	}
 	h.released = true
 	delete(h.e.handles, h)
 	last = len(h.e.handles) == 0
@@ -201,7 +235,7 @@ func (m *Manager) publishLocked(e *entry, rec *metadata.Record) {
 }
 
 // leaveLocked begins a removal or a reopen of e, for which nobody may hold or
-// use it.
+// use it. The caller has the token. done ends it and may be called once.
 func (m *Manager) leaveLocked(e *entry) (done func(gone bool), err error) {
 	m.assertLocked()
 	if holders := m.holdersLocked(e); len(holders) > 0 {
@@ -214,10 +248,7 @@ func (m *Manager) leaveLocked(e *entry) (done func(gone bool), err error) {
 		defer m.unlock()
 		e.leaving = nil
 		if gone {
-			e.rec = nil
-			if m.entries[e.id] == e {
-				delete(m.entries, e.id)
-			}
+			m.forgetLocked(e)
 		}
 		close(ch)
 	}, nil
@@ -228,7 +259,10 @@ func (m *Manager) holdersLocked(e *entry) []Holder {
 	m.assertLocked()
 	var out []Holder
 	for h := range e.handles {
-		out = append(out, Holder{Kind: h.kind, Site: h.site(), Since: h.since})
+		out = append(out, Holder{Kind: h.kind, Site: h.caller.site(), Since: h.since})
+	}
+	for t := range e.mounts {
+		out = append(out, Holder{Kind: HolderMount, Site: t.caller.site(), Since: t.since})
 	}
 	if e.uses > 0 && len(out) == 0 {
 		out = append(out, Holder{Kind: HolderOperation, Command: e.driving, Since: e.since})
@@ -236,77 +270,77 @@ func (m *Manager) holdersLocked(e *entry) []Holder {
 	return out
 }
 
-// pin finds the live record of id, by id or alias, and counts a use on its
-// entry, which unuse takes back.
-func (m *Manager) pin(ctx context.Context, id metadata.ID) (*entry, error) {
-	return m.find(ctx, id, true)
-}
-
-// find is pin, or, without use, counts only a life on the entry: for a removal
-// and a reopen, in whose way a use would be. It waits for a removal or a reopen
-// that is under way.
-func (m *Manager) find(ctx context.Context, id metadata.ID, use bool) (*entry, error) {
+// find gives the entry of the live record of id, by id or alias, and counts a
+// life on it, which drop takes back. It waits for a removal or a reopen that is
+// under way. got, if not nil, is called under mu while none is, so that a
+// handle it adds is on a record that stays; its error is find's.
+func (m *Manager) find(ctx context.Context, id metadata.ID, got func(*entry) error) (*entry, error) {
 	for {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		e, leaving, err := m.tryFind(ctx, id, use)
-		if err != nil {
-			return nil, err
+		e, next, err := m.tryFind(ctx, id, got)
+		if err != nil || e != nil {
+			return e, err
 		}
-		if leaving != nil {
-			select {
-			case <-leaving:
-				continue
-			case <-ctx.Done():
-				return nil, fmt.Errorf("record %s is being removed or reopened: %w", short(id), context.Cause(ctx))
-			}
+		id = next.id
+		if next.after == nil {
+			continue
 		}
-		if e.id == id {
-			return e, nil
+		select {
+		case <-next.after:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("record %s is being removed or reopened: %w", short(id), context.Cause(ctx))
 		}
-		id = e.id // it was an alias: go on with the record itself
 	}
 }
 
-// tryFind is one round of find. An alias gives an entry that only names the
-// id to go on with.
-func (m *Manager) tryFind(ctx context.Context, id metadata.ID, use bool) (*entry, <-chan struct{}, error) {
-	m.lock()
-	if m.closed {
-		m.unlock()
-		return nil, nil, errClosed
-	}
-	e := m.entryLocked(id)
-	if ch := e.leaving; ch != nil {
-		m.dropLocked(e)
-		m.unlock()
-		return nil, ch, nil
-	}
-	if use {
-		e.uses++
-	}
-	loaded := e.rec != nil
-	m.unlock()
-	if loaded {
-		return e, nil, nil
-	}
-	rec, err := m.read(ctx, id)
+// nextTry says where find has to go on, and after what.
+type nextTry struct {
+	id    metadata.ID
+	after <-chan struct{}
+}
+
+// tryFind is one round of find. Without an entry and an error it says how to
+// go on: an alias leads to the record itself.
+func (m *Manager) tryFind(ctx context.Context, id metadata.ID, got func(*entry) error) (_ *entry, next nextTry, err error) {
 	m.lock()
 	defer m.unlock()
-	if err == nil && rec.ID == id {
-		e.recorded = true
-		m.publishLocked(e, rec)
-		return e, nil, nil
+	if m.closed {
+		return nil, next, errClosed
 	}
-	if use {
-		e.uses--
+	e := m.entryLocked(id)
+	keep := false
+	defer func() {
+		if !keep {
+			m.dropLocked(e)
+		}
+	}()
+	if e.rec == nil && e.leaving == nil {
+		m.unlock()
+		rec, err := m.read(ctx, id)
+		m.lock()
+		if err != nil {
+			return nil, next, err
+		}
+		if rec.ID != id {
+			return nil, nextTry{id: rec.ID}, nil
+		}
+		if !e.gone {
+			e.recorded = true
+			m.publishLocked(e, rec)
+		}
 	}
-	m.dropLocked(e)
-	if err != nil {
-		return nil, nil, err
+	if e.gone || e.leaving != nil {
+		return nil, nextTry{id: id, after: e.leaving}, nil
 	}
-	return &entry{id: rec.ID}, nil, nil
+	if got != nil {
+		if err := got(e); err != nil {
+			return nil, next, err
+		}
+	}
+	keep = true
+	return e, next, nil
 }
 
 // read gets a record from the store.

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -67,11 +68,8 @@ func (m *Manager) finalize(ctx context.Context, e *entry) (*Record, error) {
 // commitInDriver gives the snapshot its final name, unless an earlier attempt
 // got that far.
 func (m *Manager) commitInDriver(ctx context.Context, id ID, key string) error {
-	m.lock()
-	_, done := m.unswapped[id]
-	m.unlock()
-	if done {
-		return nil
+	if done, err := m.awaitsSwap(ctx, id); err != nil || done {
+		return err
 	}
 	if err := m.noForeignWriter(ctx, id, key); err != nil {
 		return err
@@ -79,22 +77,53 @@ func (m *Manager) commitInDriver(ctx context.Context, id ID, key string) error {
 	if err := m.marks.setDirty(); err != nil {
 		return err
 	}
-	if err := m.driver.Commit(ctx, string(id), key); err != nil {
+	err := m.driver.Commit(ctx, string(id), key)
+	if err != nil {
 		// The call may have failed after its work was done.
-		st, serr := m.driver.Stat(context.WithoutCancel(ctx), string(id))
-		if serr != nil || st.Kind != snapshots.KindCommitted {
-			return err
+		m.setUnswapped(id, false)
+		done, serr := m.awaitsSwap(context.WithoutCancel(ctx), id)
+		if serr != nil || !done {
+			return errors.Join(err, serr)
 		}
 	}
-	m.lock()
-	m.unswapped[id] = struct{}{}
-	m.unlock()
+	m.setUnswapped(id, true)
 	return nil
 }
 
-// swap writes that the snapshot has its final name.
+// awaitsSwap says whether the snapshot of a committed record has its final
+// name already, because a finalize went no further. The driver is asked only
+// if an error left it open.
+func (m *Manager) awaitsSwap(ctx context.Context, id ID) (bool, error) {
+	m.lock()
+	certain, there := m.unswapped[id]
+	m.unlock()
+	if !there || certain {
+		return there, nil
+	}
+	st, err := m.driver.Stat(ctx, string(id))
+	if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+		return false, err
+	}
+	if err == nil && st.Kind == snapshots.KindCommitted {
+		m.setUnswapped(id, true)
+		return true, nil
+	}
+	m.lock()
+	defer m.unlock()
+	delete(m.unswapped, id)
+	return false, nil
+}
+
+func (m *Manager) setUnswapped(id ID, certain bool) {
+	m.lock()
+	defer m.unlock()
+	m.unswapped[id] = certain
+}
+
+// swap writes that the snapshot has its final name. The driver's half cannot
+// be taken back, so this one is done even if the caller has gone.
 func (m *Manager) swap(ctx context.Context, e *entry) (*Record, error) {
-	rec, err := m.change(ctx, e, func(_ *metadata.Tx, edit *Edit) error {
+	rec, err := m.change(context.WithoutCancel(ctx), e, func(_ *metadata.Tx, edit *Edit) error {
 		finalized(edit.rec, m.info)
 		return nil
 	})

@@ -25,23 +25,25 @@ func (m *Manager) Get(ctx context.Context, id ID, o GetOptions) (*ImmutableRef, 
 		return nil, err
 	}
 	defer end()
-	e, err := m.pin(ctx, id)
+	from := callerOf(1)
+	var h *handle
+	e, err := m.find(ctx, id, func(e *entry) error {
+		if e.rec.State == metadata.Mutable {
+			for h := range e.handles {
+				if h.kind == HolderMutable {
+					return &LockedError{ID: e.id, Holders: m.holdersLocked(e)}
+				}
+			}
+			return fmt.Errorf("it is mutable, commit it first: %w", errdefs.ErrFailedPrecondition)
+		}
+		h = m.handleLocked(e, HolderImmutable)
+		h.noTouch, h.caller = o.NoUpdate, from
+		return nil
+	})
 	if err != nil {
 		return nil, fmt.Errorf("get record %s: %w", short(id), err)
 	}
-	defer m.unuse(e)
-	m.lock()
-	defer m.unlock()
-	if e.rec.State == metadata.Mutable {
-		for h := range e.handles {
-			if h.kind == HolderMutable {
-				return nil, &LockedError{ID: id, Holders: m.holdersLocked(e)}
-			}
-		}
-		return nil, fmt.Errorf("record %s is mutable: commit it first: %w", short(id), errdefs.ErrFailedPrecondition)
-	}
-	h := m.handleLocked(e, HolderImmutable)
-	h.noTouch = o.NoUpdate
+	m.drop(e)
 	return &ImmutableRef{h: h}, nil
 }
 
@@ -136,6 +138,11 @@ func (m *Manager) Resolve(ctx context.Context, prefix string) (id ID, err error)
 
 // Children lists the records that have id as a parent, sorted.
 func (m *Manager) Children(ctx context.Context, id ID) (ids []ID, err error) {
+	end, err := m.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	err = m.store.View(ctx, func(tx *metadata.Tx) error {
 		ids = slices.Collect(tx.Children(id))
 		return nil

@@ -27,7 +27,7 @@ type kind struct {
 var (
 	overlayKind = kind{"overlay", func(t testing.TB, root string) snapshot.Driver { return openDriver(t, root, "overlay") }}
 	nativeKind  = kind{"native", func(t testing.TB, root string) snapshot.Driver { return openDriver(t, root, "native") }}
-	kinds = []kind{overlayKind, nativeKind}
+	kinds       = []kind{overlayKind, nativeKind}
 )
 
 func openDriver(t testing.TB, root, name string) snapshot.Driver {

@@ -21,6 +21,11 @@ import (
 // Hold keeps a record for a process that works in its snapshot while it does
 // not have the store open: a file lock, which the kernel drops when the
 // process dies. Whoever opens the store meanwhile counts the record as in use.
+// All methods are safe for concurrent use.
+//
+// It is an open file description lock: unlike flock it can be asked for
+// without being taken, so those who look never stand in each other's way, and
+// unlike a classic record lock it belongs to the open file, not to the process.
 type Hold struct {
 	id        ID
 	path      string
@@ -52,14 +57,50 @@ func (h *Hold) Release() error {
 	}
 	f := h.file
 	h.file = nil
+	var errs []error
 	// Only who has the lock alone may unlink, and only the file it has:
 	// somebody may have unlinked ours and made another.
-	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil && sameFile(f, h.path) {
+	alone, err := lockFile(f, unix.F_WRLCK)
+	errs = append(errs, err)
+	if alone && sameFile(f, h.path) {
 		if err := os.Remove(h.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return errors.Join(err, f.Close())
+			errs = append(errs, err)
 		}
 	}
-	return f.Close()
+	// Closing would do, were it not for children that are just being
+	// forked: until their exec they have the file, too.
+	_, err = lockFile(f, unix.F_UNLCK)
+	return errors.Join(append(errs, err, f.Close())...)
+}
+
+// held says whether h was not released.
+func (h *Hold) held() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.file != nil
+}
+
+// lockFile changes the lock on the whole of f without waiting. It says
+// whether it got it.
+func lockFile(f *os.File, how int16) (bool, error) {
+	l := unix.Flock_t{Type: how, Whence: io.SeekStart}
+	err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l)
+	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+		return false, nil
+	}
+	if err != nil {
+		return false, &os.PathError{Op: "lock", Path: f.Name(), Err: err}
+	}
+	return true, nil
+}
+
+// locked says whether the lock on f could not be had now, without taking it.
+func locked(f *os.File, how int16) (bool, error) {
+	l := unix.Flock_t{Type: how, Whence: io.SeekStart}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l); err != nil {
+		return false, &os.PathError{Op: "look at the lock of", Path: f.Name(), Err: err}
+	}
+	return l.Type != unix.F_UNLCK, nil
 }
 
 func holdPath(root string, id ID) string {
@@ -75,13 +116,16 @@ func takeHold(root string, id ID, exclusive bool, command string, now time.Time)
 		if err != nil {
 			return nil, fmt.Errorf("hold record %s: %w", short(id), classify(err))
 		}
-		how := unix.LOCK_SH
+		how := int16(unix.F_RDLCK)
 		if exclusive {
-			how = unix.LOCK_EX
+			how = unix.F_WRLCK
 		}
-		if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
-			locked := &LockedError{ID: id, Holders: []Holder{readHolder(f)}}
-			return nil, errors.Join(locked, f.Close())
+		got, err := lockFile(f, how)
+		if err == nil && !got {
+			err = &LockedError{ID: id, Holders: []Holder{readHolder(f)}}
+		}
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
 		}
 		if !sameFile(f, path) {
 			if err := f.Close(); err != nil {
@@ -101,7 +145,8 @@ func takeHold(root string, id ID, exclusive bool, command string, now time.Time)
 
 // testHold says whether another process holds id in a way that excludes this
 // use: any hold excludes a writer, only an exclusive one a reader. It makes no
-// file: while this process has the store open, no file means nobody.
+// file and takes no lock: while this process has the store open, no file means
+// nobody.
 func testHold(root string, id ID, write bool) (Holder, bool, error) {
 	f, err := os.OpenFile(holdPath(root, id), os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -111,15 +156,15 @@ func testHold(root string, id ID, write bool) (Holder, bool, error) {
 		return Holder{}, false, fmt.Errorf("look for holders of record %s: %w", short(id), err)
 	}
 	defer f.Close()
-	how := unix.LOCK_SH
+	how := int16(unix.F_RDLCK)
 	if write {
-		how = unix.LOCK_EX
+		how = unix.F_WRLCK
 	}
-	err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return readHolder(f), true, nil
+	busy, err := locked(f, how)
+	if err != nil || !busy {
+		return Holder{}, false, err
 	}
-	return Holder{}, false, err
+	return readHolder(f), true, nil
 }
 
 // AwaitHold waits until no other process holds the record of id in the store
@@ -150,16 +195,23 @@ func foreignHolds(root string) bool {
 		return !errors.Is(err, fs.ErrNotExist)
 	}
 	for _, n := range names {
-		f, err := os.Open(filepath.Join(root, "holds", n.Name()))
-		if err != nil {
-			continue
-		}
-		busy := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil
-		if f.Close(); busy {
+		if holdFileBusy(root, n.Name()) {
 			return true
 		}
 	}
 	return false
+}
+
+// holdFileBusy says whether any process has the hold file of that name. What
+// cannot be looked at is taken for busy.
+func holdFileBusy(root, name string) bool {
+	f, err := os.Open(filepath.Join(root, "holds", name))
+	if err != nil {
+		return !errors.Is(err, fs.ErrNotExist)
+	}
+	defer f.Close()
+	busy, err := locked(f, unix.F_WRLCK)
+	return busy || err != nil
 }
 
 // dropStaleHolds unlinks the hold files that nobody has locked. The caller has
@@ -171,16 +223,14 @@ func dropStaleHolds(root string) error {
 	}
 	var errs []error
 	for _, n := range names {
-		path := filepath.Join(root, "holds", n.Name())
-		f, err := os.Open(path)
-		if err != nil {
-			errs = append(errs, err)
+		if holdFileBusy(root, n.Name()) {
 			continue
 		}
-		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil && sameFile(f, path) {
-			errs = append(errs, os.Remove(path))
+		// It stays free: who wants it must have the store open.
+		err := os.Remove(filepath.Join(root, "holds", n.Name()))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
 		}
-		errs = append(errs, f.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -252,6 +302,8 @@ func (h *handle) detach(_ context.Context, exclusive bool) (*Hold, error) {
 	m.pool.detach(e.id)
 	m.lock()
 	defer m.unlock()
+	// From here on others may write in it, such as the hold's children.
+	delete(m.written, e.rec.Key)
 	h.noTouch = h.noTouch || exclusive // the use ends with the handle that Attach gives
 	m.releaseLocked(h)
 	return hold, nil
@@ -265,8 +317,13 @@ func (m *Manager) Attach(ctx context.Context, hold *Hold) (*MutableRef, error) {
 		return nil, err
 	}
 	defer end()
-	if !hold.exclusive {
+	switch {
+	case !hold.exclusive:
 		return nil, fmt.Errorf("hold on record %s is for reading: %w", short(hold.id), errdefs.ErrInvalidArgument)
+	case hold.path != holdPath(m.root, hold.id):
+		return nil, fmt.Errorf("hold on record %s is of another store: %w", short(hold.id), errdefs.ErrInvalidArgument)
+	case !hold.held():
+		return nil, fmt.Errorf("hold on record %s was released: %w", short(hold.id), errdefs.ErrFailedPrecondition)
 	}
 	rec, err := m.read(ctx, hold.id)
 	if err == nil && rec.State != metadata.Mutable {

@@ -46,9 +46,9 @@ type Manager struct {
 	// written are the driver keys whose only writer was this process, so
 	// that Commit and Finalize need no probe. Keys leave with their record.
 	written map[string]struct{}
-	// unswapped are records whose snapshot is committed in the driver while
-	// the transaction that says so failed.
-	unswapped map[metadata.ID]struct{}
+	// unswapped are records whose snapshot is committed in the driver, or
+	// may be if the value is false, while no transaction says so.
+	unswapped map[metadata.ID]bool
 	// leftover says that a name may be in the driver that no record names.
 	leftover bool
 	closed   bool
@@ -93,7 +93,7 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 		step:      o.Step,
 		entries:   map[metadata.ID]*entry{},
 		written:   map[string]struct{}{},
-		unswapped: map[metadata.ID]struct{}{},
+		unswapped: map[metadata.ID]bool{},
 	}
 	if err := m.open(ctx, &o); err != nil {
 		if m.ownDriver && m.driver != nil {
@@ -124,6 +124,9 @@ func (m *Manager) open(ctx context.Context, o *Options) error {
 	m.pool = newPool(m.root, o.PrivateMounts, o.NoMounts)
 	m.marks = &marks{root: m.root, step: m.step}
 	if m.readOnly {
+		if o.PrivateMounts {
+			return m.pool.makePrivate()
+		}
 		return nil
 	}
 	for _, dir := range []string{"mounts", "holds"} {
@@ -281,21 +284,16 @@ func (m *Manager) Close() error {
 		return nil
 	}
 	m.closed = true
-	leftover := m.leftover
-	for _, e := range m.entries {
-		if e.rec != nil && !e.recorded {
-			leftover = true
-		}
-	}
 	m.unlock()
 	m.running.Wait()
+	m.assertEmpty()
 
 	var errs []error
+	leftover := m.unsettled()
 	if m.pool != nil {
-		if err := m.pool.close(); err != nil {
-			leftover = true
-			errs = append(errs, err)
-		}
+		left, err := m.pool.close()
+		leftover = leftover || left
+		errs = append(errs, err)
 	}
 	if !m.readOnly && !leftover && !foreignHolds(m.root) {
 		errs = append(errs, m.marks.setClean())
@@ -304,4 +302,17 @@ func (m *Manager) Close() error {
 		errs = append(errs, m.driver.Close())
 	}
 	return errors.Join(append(errs, m.store.Close())...)
+}
+
+// unsettled says whether the driver has a name that no record names, or under
+// another name than its record says.
+func (m *Manager) unsettled() bool {
+	m.lock()
+	defer m.unlock()
+	for _, e := range m.entries {
+		if e.rec != nil && !e.recorded {
+			return true
+		}
+	}
+	return m.leftover || len(m.unswapped) > 0
 }

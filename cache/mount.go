@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -28,6 +29,8 @@ type Mount struct {
 	key      poolKey
 	path     string
 	readOnly bool
+	since    time.Time
+	caller   caller
 
 	// mu is a leaf, held across the unmount call.
 	mu   sync.Mutex
@@ -59,7 +62,10 @@ func (t *Mount) Unmount() error {
 		return fmt.Errorf("unmount record %s: %w", short(t.e.id), err)
 	}
 	t.done = true
-	t.m.unuse(t.e)
+	t.m.lock()
+	defer t.m.unlock()
+	delete(t.e.mounts, t)
+	t.m.unuseLocked(t.e)
 	return nil
 }
 
@@ -101,7 +107,10 @@ func (h *handle) mount(ctx context.Context, readOnly bool) (*Mount, error) {
 			return nil, err
 		}
 	}
-	if !m.pool.private && !m.readOnly {
+	if !m.pool.private && !m.pool.plain {
+		if m.readOnly {
+			return nil, fmt.Errorf("store %s is open read-only, and a mount that others see would have to be noted: %w", m.root, errdefs.ErrFailedPrecondition)
+		}
 		if err := m.marks.setDirty(); err != nil {
 			return nil, err
 		}
@@ -110,8 +119,7 @@ func (h *handle) mount(ctx context.Context, readOnly bool) (*Mount, error) {
 	path, err := m.pool.get(ctx, key, func(target string) error {
 		return m.mountSnapshot(ctx, e, target, readOnly)
 	}, func() (string, error) {
-		dir, _, err := m.driver.Dir(ctx, m.current(e).Key)
-		return dir, err
+		return m.plainDir(ctx, e)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("mount record %s: %w", short(e.id), err)
@@ -123,22 +131,42 @@ func (h *handle) mount(ctx context.Context, readOnly bool) (*Mount, error) {
 		// The driver refuses a second writer, so from here on it is us.
 		m.written[e.rec.Key] = struct{}{}
 	}
-	return &Mount{m: m, e: e, key: key, path: path, readOnly: readOnly}, nil
+	t := &Mount{m: m, e: e, key: key, path: path, readOnly: readOnly, since: m.now(), caller: callerOf(2)}
+	e.mounts[t] = struct{}{}
+	return t, nil
 }
 
-// mountSnapshot asks the driver for the tree of e, under whatever name it has
-// by then: a finalize may rename it meanwhile.
+// mountSnapshot asks the driver for the tree of e.
 func (m *Manager) mountSnapshot(ctx context.Context, e *entry, target string, readOnly bool) error {
+	return m.byName(e, func(key string) error {
+		err := m.driver.Mount(ctx, key, target, readOnly)
+		if errors.Is(err, errdefs.ErrFailedPrecondition) && !readOnly {
+			if busy, perr := m.driver.InUse(ctx, key); perr == nil && busy {
+				return errors.Join(&LockedError{ID: e.id, Holders: []Holder{{Kind: HolderWriter}}}, err)
+			}
+		}
+		return err
+	})
+}
+
+// plainDir is the directory that has the tree of e, empty if the driver keeps
+// no such thing.
+func (m *Manager) plainDir(ctx context.Context, e *entry) (dir string, err error) {
+	err = m.byName(e, func(key string) (err error) {
+		dir, _, err = m.driver.Dir(ctx, key)
+		return err
+	})
+	return dir, err
+}
+
+// byName calls fn with the driver key of e, and once more if that is not
+// found: a finalize may rename it meanwhile.
+func (m *Manager) byName(e *entry, fn func(key string) error) error {
 	rec := m.current(e)
 	if rec.State == metadata.Lazy {
 		return fmt.Errorf("it is lazy and its snapshot cannot be made yet: %w", errdefs.ErrNotImplemented)
 	}
-	err := m.driver.Mount(ctx, rec.Key, target, readOnly)
-	if errors.Is(err, errdefs.ErrFailedPrecondition) && !readOnly {
-		if busy, perr := m.driver.InUse(ctx, rec.Key); perr == nil && busy {
-			return errors.Join(&LockedError{ID: e.id, Holders: []Holder{{Kind: HolderWriter}}}, err)
-		}
-	}
+	err := fn(rec.Key)
 	if !errors.Is(err, errdefs.ErrNotFound) {
 		return err
 	}
@@ -147,7 +175,7 @@ func (m *Manager) mountSnapshot(ctx context.Context, e *entry, target string, re
 	if again == rec.Key {
 		again = string(e.id)
 	}
-	if err2 := m.driver.Mount(ctx, again, target, readOnly); err2 != nil {
+	if err2 := fn(again); err2 != nil {
 		return errors.Join(err, err2)
 	}
 	return nil

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/snapshot"
 )
 
 // NewOptions describe a new mutable record.
@@ -150,7 +151,7 @@ func (m *Manager) create(ctx context.Context, edit *Edit, fn func(*metadata.Tx, 
 func (m *Manager) discardKey(ctx context.Context, key string) error {
 	// The caller may be gone already, the snapshot must go all the same.
 	ctx = context.WithoutCancel(ctx)
-	p, err := m.driver.Detach(ctx, key)
+	p, err := m.detachKey(ctx, key)
 	switch {
 	case errors.Is(err, errdefs.ErrNotFound):
 		return nil
@@ -163,4 +164,25 @@ func (m *Manager) discardKey(ctx context.Context, key string) error {
 		return fmt.Errorf("remove snapshot %s: %w", key, err)
 	}
 	return nil
+}
+
+// detachKey is the driver's Detach. When that fails it looks whether the name
+// went all the same: the call may have failed after its work was done, and a
+// name in the trash that nobody remembers would stay there.
+func (m *Manager) detachKey(ctx context.Context, key string) (snapshot.Pending, error) {
+	p, err := m.driver.Detach(ctx, key)
+	if err == nil || is(err, errdefs.ErrNotFound, errdefs.ErrFailedPrecondition) {
+		return p, err
+	}
+	pending, perr := m.driver.Pending(context.WithoutCancel(ctx))
+	if perr != nil {
+		m.setLeftover()
+		return p, errors.Join(err, perr)
+	}
+	for _, q := range pending {
+		if q.Kind == snapshot.PendingRemoval && q.Key == key {
+			return q, nil
+		}
+	}
+	return p, err
 }

@@ -39,7 +39,8 @@ type Options struct {
 	// NoCreate makes Open fail with NotFound where there is no store.
 	NoCreate bool
 	// ReadOnly opens an existing store to look at it: nothing is written,
-	// nothing is settled, and every changing call is refused.
+	// nothing is settled, and every changing call is refused, as is a mount
+	// that other processes would see.
 	ReadOnly bool
 
 	// Driver is the snapshot driver. Nil lets Open take the one that the

@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -184,19 +186,35 @@ func (p *pool) detach(id metadata.ID) {
 	}
 }
 
-// close ends all mounts that were not detached.
-func (p *pool) close() error {
+// close ends all mounts that were not detached. It says whether mounts are
+// left that somebody may have to clean up after this process.
+func (p *pool) close() (left bool, err error) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	mounts := maps.Clone(p.mounts)
+	p.mu.Unlock()
 	var errs []error
-	for key, t := range p.mounts {
+	for key, t := range mounts {
 		if t.detached {
+			left = left || !p.private && !t.plain
 			continue
 		}
-		errs = append(errs, t.end(unix.MNT_DETACH))
-		delete(p.mounts, key)
+		errs = append(errs, p.endNow(key))
 	}
-	return errors.Join(errs...)
+	err = errors.Join(errs...)
+	return left || err != nil && !p.private, err
+}
+
+// endNow ends a mount whoever uses it.
+func (p *pool) endNow(key poolKey) error {
+	defer p.lockKey(key.id)()
+	t := p.lookup(key)
+	if t == nil {
+		return nil
+	}
+	p.mu.Lock()
+	delete(p.mounts, key)
+	p.mu.Unlock()
+	return t.end(unix.MNT_DETACH)
 }
 
 // makePrivate puts a file system of its own under the mount points, so that
@@ -218,8 +236,9 @@ func (p *pool) makePrivate() error {
 	return nil
 }
 
-// cleanStale unmounts what a killed process left below the mount points.
-func (p *pool) cleanStale() error {
+// cleanStale unmounts what a killed process left below the mount points, but
+// not what a living one uses, which held says by the id's fileName.
+func (p *pool) cleanStale(held func(name string) bool) error {
 	dir, err := filepath.EvalSymlinks(p.dir)
 	if err != nil {
 		return err
@@ -229,8 +248,8 @@ func (p *pool) cleanStale() error {
 		return err
 	}
 	var errs []error
-	for _, t := range mounts {
-		if t.Mountpoint != dir {
+	for _, t := range slices.Backward(mounts) {
+		if t.Mountpoint != dir && !held(mountedID(dir, t.Mountpoint)) {
 			if err := unix.Unmount(t.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
 				errs = append(errs, &os.PathError{Op: "unmount", Path: t.Mountpoint, Err: err})
 			}
@@ -241,12 +260,32 @@ func (p *pool) cleanStale() error {
 		return errors.Join(append(errs, err)...)
 	}
 	for _, n := range names {
+		if held(mountedID(dir, filepath.Join(dir, n.Name()))) {
+			continue
+		}
 		if err := os.Remove(filepath.Join(dir, n.Name())); err != nil {
 			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
 }
+
+// mountedID is the fileName of the id that was mounted below dir on path.
+func mountedID(dir, path string) string {
+	rel, err := filepath.Rel(dir, path)
+	if err != nil {
+		return ""
+	}
+	name, _, _ := strings.Cut(rel, string(filepath.Separator))
+	if i := strings.LastIndexByte(name, '~'); i >= 0 {
+		name = name[:i]
+	}
+	return strings.TrimSuffix(name, readOnlySuffix)
+}
+
+// readOnlySuffix cannot be the end of a fileName: it has a byte that is not in
+// one.
+const readOnlySuffix = "+ro"
 
 func bind(source, target string, readOnly bool) error {
 	if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {
@@ -265,7 +304,7 @@ func bind(source, target string, readOnly bool) error {
 // mountName makes a directory name that a person recognises.
 func mountName(key poolKey) string {
 	if key.readOnly {
-		return fileName(key.id) + "-ro"
+		return fileName(key.id) + readOnlySuffix
 	}
 	return fileName(key.id)
 }

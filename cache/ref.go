@@ -125,8 +125,9 @@ func (m *Manager) discardMutable(ctx context.Context, h *handle) error {
 	for _, p := range e.parents {
 		m.unuseLocked(p)
 	}
-	e.parents, e.rec, e.attachments = nil, nil, nil
+	e.parents, e.attachments = nil, nil
 	delete(m.written, key)
+	m.forgetLocked(e)
 	return err
 }
 

@@ -80,7 +80,7 @@ func (r *removal) take(ctx context.Context, ids []ID) {
 	m := r.m
 	r.names = map[ID]ID{}
 	for _, id := range ids {
-		e, err := m.find(ctx, id, false)
+		e, err := m.find(ctx, id, nil)
 		if err != nil {
 			r.names[id] = id
 			r.failed[id] = err
@@ -133,7 +133,7 @@ func (r *removal) order(ctx context.Context) (order []ID) {
 	inside := map[ID]int{}
 	for id, v := range r.victims {
 		if v.rec == nil {
-			continue
+			continue // it is not there, or could not be read
 		}
 		inside[id] += 0
 		for _, p := range v.rec.Parents {
@@ -142,7 +142,7 @@ func (r *removal) order(ctx context.Context) (order []ID) {
 	}
 	var ready []ID
 	for id, n := range inside {
-		if n == 0 && r.victims[id] != nil {
+		if n == 0 && r.known(id) {
 			ready = append(ready, id)
 		}
 	}
@@ -159,7 +159,7 @@ func (r *removal) order(ctx context.Context) (order []ID) {
 				}
 			}
 			for _, p := range r.victims[id].rec.Parents {
-				if inside[p]--; inside[p] == 0 && r.victims[p] != nil {
+				if inside[p]--; inside[p] == 0 && r.known(p) {
 					ready = append(ready, p)
 				}
 			}
@@ -172,6 +172,9 @@ func (r *removal) order(ctx context.Context) (order []ID) {
 	}
 	return order
 }
+
+// known says whether id is a victim whose record was read.
+func (r *removal) known(id ID) bool { return r.victims[id] != nil && r.victims[id].rec != nil }
 
 // staying lists children of id that do not go with it.
 func (r *removal) staying(tx *metadata.Tx, id ID) (out []ID) {
@@ -217,11 +220,8 @@ func (r *removal) detach(ctx context.Context, order []ID) {
 			r.failed[id] = context.Cause(ctx)
 			continue
 		}
-		for _, key := range []string{v.rec.Key, v.rec.Was, string(id)} {
-			if key == "" {
-				continue
-			}
-			p, err := m.driver.Detach(ctx, key)
+		for _, key := range driverKeys(v.rec) {
+			p, err := m.detachKey(ctx, key)
 			if err == nil {
 				v.trash = append(v.trash, p)
 			} else if !errors.Is(err, errdefs.ErrNotFound) {
@@ -259,11 +259,20 @@ func (r *removal) commit(ctx context.Context, order []ID) {
 	if err != nil {
 		r.failAll(order, err)
 	}
+	if errors.Is(err, metadata.ErrUnknownOutcome) {
+		// The names stay in the trash: whatever the next open reads, it
+		// ends what was begun here.
+		r.m.setLeftover()
+		return
+	}
 	maps.Copy(r.failed, refused)
 	// Parents go back before their children.
 	for _, id := range slices.Backward(order) {
 		v := r.victims[id]
 		if v.gone = r.failed[id] == nil; v.gone {
+			// Who waits for the outcome need not wait for the bytes.
+			v.leave(true)
+			v.leave = nil
 			continue
 		}
 		for _, p := range v.trash {
@@ -306,7 +315,7 @@ func (r *removal) discard(ctx context.Context, order []ID) {
 func (r *removal) letGo() {
 	for _, v := range r.victims {
 		if v.leave != nil {
-			v.leave(v.gone)
+			v.leave(false)
 		}
 		if v.release != nil {
 			v.release()
@@ -319,4 +328,16 @@ func (m *Manager) setLeftover() {
 	m.lock()
 	defer m.unlock()
 	m.leftover = true
+}
+
+// driverKeys are the names that the snapshot of a record may have: besides the
+// one that the record says, the former one and the one that a finalize gives,
+// which a crash can leave.
+func driverKeys(rec *Record) (keys []string) {
+	for _, key := range []string{rec.Key, rec.Was, string(rec.ID)} {
+		if key != "" && !slices.Contains(keys, key) {
+			keys = append(keys, key)
+		}
+	}
+	return keys
 }

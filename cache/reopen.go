@@ -55,7 +55,7 @@ func (m *Manager) reopen(ctx context.Context, id ID, o ReopenOptions) (*MutableR
 
 // getMutable continues or reopens id. mine is the caller's own hold on it.
 func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *Hold) (*MutableRef, error) {
-	e, err := m.find(ctx, id, false)
+	e, err := m.find(ctx, id, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -85,9 +85,10 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 			return nil, &LockedError{ID: e.id, Holders: []Holder{h}}
 		}
 	}
-	m.lock()
-	_, unswapped := m.unswapped[e.id]
-	m.unlock()
+	unswapped, err := m.awaitsSwap(ctx, e.id)
+	if err != nil {
+		return nil, err
+	}
 	if unswapped {
 		if _, err := m.swap(ctx, e); err != nil {
 			return nil, err

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -34,10 +36,17 @@ type settling struct {
 	sameBoot bool
 	active   map[string]snapshot.Pending
 	removals []snapshot.Pending
+	// suspects are records to judge although they do not say so themselves.
+	suspects []metadata.ID
 	// doomed are records to drop, with the reason for the log.
 	doomed map[metadata.ID]string
+	// refused are names without a record that have children.
+	refused []string
 	// fixes are records whose snapshot has its final name already.
 	fixes []metadata.ID
+	// undone says that something was left as it is, so that the next open
+	// has to settle again.
+	undone bool
 }
 
 func (m *Manager) settle(ctx context.Context, meta metadata.Meta, sameBoot bool) error {
@@ -45,7 +54,8 @@ func (m *Manager) settle(ctx context.Context, meta metadata.Meta, sameBoot bool)
 		return err
 	}
 	if !m.pool.private {
-		if err := m.pool.cleanStale(); err != nil {
+		held := func(name string) bool { return holdFileBusy(m.root, name) }
+		if err := m.pool.cleanStale(held); err != nil {
 			m.log.Warn("stale mounts could not be cleaned", "error", err)
 		}
 	}
@@ -54,7 +64,7 @@ func (m *Manager) settle(ctx context.Context, meta metadata.Meta, sameBoot bool)
 	}
 	s := &settling{m: m, sameBoot: sameBoot, doomed: map[metadata.ID]string{}}
 	for _, step := range []func(context.Context) error{
-		s.readNames, s.settleRemovals, s.judgeRecords, s.dropDoomed, s.dropUnrecorded,
+		s.readNames, s.settleRemovals, s.judgeRecords, s.dropUnrecorded, s.dropDoomed, s.dropRefused,
 	} {
 		if err := step(ctx); err != nil {
 			return fmt.Errorf("settle the store: %w", err)
@@ -73,11 +83,15 @@ func (s *settling) readNames(ctx context.Context) error {
 	if err := s.m.driver.Settle(ctx); err != nil {
 		return err
 	}
+	return s.readPending(ctx)
+}
+
+func (s *settling) readPending(ctx context.Context) error {
 	pending, err := s.m.driver.Pending(ctx)
 	if err != nil {
 		return err
 	}
-	s.active = map[string]snapshot.Pending{}
+	s.active, s.removals = map[string]snapshot.Pending{}, nil
 	for _, p := range pending {
 		if p.Kind == snapshot.PendingActive {
 			s.active[p.Key] = p
@@ -92,6 +106,7 @@ func (s *settling) readNames(ctx context.Context) error {
 func (s *settling) settleRemovals(ctx context.Context) error {
 	m := s.m
 	var discard []snapshot.Pending
+	restored := false
 	for _, p := range s.removals {
 		var owner metadata.ID
 		var children int
@@ -106,9 +121,15 @@ func (s *settling) settleRemovals(ctx context.Context) error {
 			return err
 		}
 		if owner != "" && (children > 0 || s.held(owner)) {
-			if err := m.driver.Restore(ctx, p); err != nil {
+			if err := m.driver.Restore(ctx, p); is(err, errdefs.ErrNotFound, errdefs.ErrAlreadyExists, errdefs.ErrFailedPrecondition) {
+				// It has no place to go back to: the record is judged by
+				// what is there.
+				s.leave("a removal cannot be taken back", "id", owner, "key", p.Key, "error", err)
+				s.suspects = append(s.suspects, owner)
+			} else if err != nil {
 				return err
 			}
+			restored = true
 			continue
 		}
 		if owner != "" {
@@ -120,11 +141,26 @@ func (s *settling) settleRemovals(ctx context.Context) error {
 		discard = append(discard, p)
 	}
 	for _, p := range discard {
-		if err := m.driver.Discard(ctx, p); err != nil {
-			return err
-		}
+		s.discard(ctx, p)
+	}
+	if restored {
+		return s.readPending(ctx)
 	}
 	return nil
+}
+
+// discard deletes bytes that nothing needs. That they cannot be deleted is no
+// reason not to open.
+func (s *settling) discard(ctx context.Context, p snapshot.Pending) {
+	if err := s.m.driver.Discard(ctx, p); err != nil {
+		s.leave("the bytes of a removed snapshot cannot be deleted", "key", p.Key, "error", err)
+	}
+}
+
+// leave notes what could not be settled.
+func (s *settling) leave(what string, args ...any) {
+	s.undone = true
+	s.m.log.Warn(what, args...)
 }
 
 // judgeRecords looks at each record whose name or data may be wrong: in the
@@ -133,7 +169,8 @@ func (s *settling) judgeRecords(ctx context.Context) error {
 	var records []*metadata.Record
 	err := s.m.store.View(ctx, func(tx *metadata.Tx) error {
 		if s.sameBoot {
-			for id := range tx.Unsettled() {
+			ids := slices.Collect(tx.Unsettled())
+			for _, id := range append(ids, s.suspects...) {
 				rec, err := tx.Get(id)
 				if err != nil {
 					s.m.log.Warn("record cannot be read", "id", id, "error", err)
@@ -156,7 +193,7 @@ func (s *settling) judgeRecords(ctx context.Context) error {
 		return err
 	}
 	for _, rec := range records {
-		if rec.State == metadata.Lazy || s.held(rec.ID) {
+		if rec.State == metadata.Lazy {
 			continue
 		}
 		if !s.sameBoot && lostByPowerCut(rec) {
@@ -191,7 +228,10 @@ func (s *settling) judge(ctx context.Context, rec *metadata.Record) error {
 	}
 	st, err := m.driver.Stat(ctx, string(rec.ID))
 	switch {
-	case err != nil && !errors.Is(err, errdefs.ErrNotFound):
+	case is(err, errdefs.ErrDataLoss):
+		s.doomed[rec.ID] = "its snapshot is damaged"
+		return nil
+	case err != nil && !is(err, errdefs.ErrNotFound):
 		return err
 	case err == nil && st.Kind == snapshots.KindCommitted:
 		if rec.State == metadata.Committed {
@@ -223,13 +263,14 @@ func (s *settling) judge(ctx context.Context, rec *metadata.Record) error {
 func (s *settling) dropDoomed(ctx context.Context) error {
 	var order []metadata.ID
 	seen := map[metadata.ID]bool{}
-	for id, why := range s.doomed {
+	for _, id := range slices.Sorted(maps.Keys(s.doomed)) {
+		why := s.doomed[id]
 		family, err := s.family(ctx, id)
 		if err != nil {
 			return err
 		}
 		if at := s.heldIn(family); at != "" {
-			s.m.log.Warn("a record is broken but a process works in it", "id", id, "held", at, "reason", why)
+			s.leave("a record is broken but a process works in it", "id", id, "held", at, "reason", why)
 			continue
 		}
 		s.m.log.Warn("settled: record dropped", "id", id, "reason", why, "descendants", len(family)-1)
@@ -240,7 +281,7 @@ func (s *settling) dropDoomed(ctx context.Context) error {
 			}
 		}
 	}
-	return s.m.dropAll(ctx, order, s.active)
+	return s.dropAll(ctx, order)
 }
 
 func (s *settling) heldIn(family []metadata.ID) metadata.ID {
@@ -291,35 +332,50 @@ func descendants(tx *metadata.Tx, id metadata.ID) (order []metadata.ID) {
 // dropAll removes records, given leaf first, with whatever names their
 // snapshots have: names first into the trash, then the records in one
 // transaction, then the bytes.
-func (m *Manager) dropAll(ctx context.Context, ids []metadata.ID, active map[string]snapshot.Pending) error {
+func (s *settling) dropAll(ctx context.Context, ids []metadata.ID) error {
 	if len(ids) == 0 {
 		return nil
 	}
-	var trash []snapshot.Pending
+	m := s.m
+	trash := map[metadata.ID][]snapshot.Pending{}
+	kept := map[metadata.ID]error{}
 	for _, id := range ids {
-		rec, err := m.read(ctx, id)
+		keys, err := m.keysOf(ctx, id)
 		if err != nil {
 			return err
 		}
-		for _, key := range []string{rec.Key, rec.Was, string(id)} {
-			if key == "" {
-				continue
-			}
-			p, err := m.driver.Detach(ctx, key)
-			if errors.Is(err, errdefs.ErrNotFound) {
-				continue
-			}
-			if err != nil {
+		for _, key := range keys {
+			p, err := m.detachKey(ctx, key)
+			switch {
+			case is(err, errdefs.ErrNotFound):
+			case is(err, errdefs.ErrFailedPrecondition):
+				kept[id] = err
+			case err != nil:
 				return err
+			default:
+				delete(s.active, key)
+				trash[id] = append(trash[id], p)
 			}
-			delete(active, key)
-			trash = append(trash, p)
 		}
 	}
+	var refused map[metadata.ID]error
 	err := m.store.Update(ctx, func(tx *metadata.Tx) error {
+		refused = maps.Clone(kept)
 		for _, id := range ids {
-			if err := tx.Delete(id); err != nil {
-				return err
+			if refused[id] != nil {
+				continue
+			}
+			err := tx.Delete(id)
+			switch {
+			case is(err, errdefs.ErrFailedPrecondition):
+				refused[id] = err
+			case is(err, errdefs.ErrDataLoss):
+				_, err = tx.Quarantine(id)
+				fallthrough
+			default:
+				if err != nil {
+					return err
+				}
 			}
 		}
 		return nil
@@ -327,12 +383,31 @@ func (m *Manager) dropAll(ctx context.Context, ids []metadata.ID, active map[str
 	if err != nil {
 		return err
 	}
-	for _, p := range trash {
-		if err := m.driver.Discard(ctx, p); err != nil {
-			return err
+	for _, id := range slices.Backward(ids) {
+		for _, p := range trash[id] {
+			if refused[id] == nil {
+				s.discard(ctx, p)
+			} else if err := m.driver.Restore(ctx, p); err != nil {
+				return err
+			}
+		}
+		if refused[id] != nil {
+			s.leave("a record is broken but has children that are in use", "id", id, "error", refused[id])
 		}
 	}
 	return nil
+}
+
+// keysOf are the names that the snapshot of id may have in the driver.
+func (m *Manager) keysOf(ctx context.Context, id metadata.ID) ([]string, error) {
+	rec, err := m.read(ctx, id)
+	if is(err, errdefs.ErrDataLoss) {
+		rec, err = &metadata.Record{ID: id, Key: activeKey(id)}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return driverKeys(rec), nil
 }
 
 // dropUnrecorded removes names that no record names: active ones always, in
@@ -365,7 +440,17 @@ func (s *settling) dropUnrecorded(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return s.dropNames(ctx, orphans)
+	s.refused, err = s.dropNames(ctx, orphans)
+	return err
+}
+
+// dropRefused tries again what had children that were doomed.
+func (s *settling) dropRefused(ctx context.Context) error {
+	kept, err := s.dropNames(ctx, s.refused)
+	if len(kept) > 0 {
+		s.leave("snapshots without a record have children that are in use", "keys", kept)
+	}
+	return err
 }
 
 // named says whether key is the final name of a record whose Finalize is
@@ -379,34 +464,31 @@ func (s *settling) named(tx *metadata.Tx, key string) bool {
 }
 
 // dropNames removes names without a record. A parent goes after its children,
-// which the driver knows: what it refuses is tried again as long as others go.
-func (s *settling) dropNames(ctx context.Context, names []string) error {
+// which the driver knows: what it refuses is tried again as long as others go,
+// and returned then.
+func (s *settling) dropNames(ctx context.Context, names []string) (kept []string, err error) {
 	m := s.m
-	for len(names) > 0 {
-		var kept []string
-		var last error
+	for {
+		kept = nil
 		for _, key := range names {
-			p, err := m.driver.Detach(ctx, key)
+			p, err := m.detachKey(ctx, key)
 			switch {
-			case errors.Is(err, errdefs.ErrNotFound):
-			case errors.Is(err, errdefs.ErrFailedPrecondition):
-				kept, last = append(kept, key), err
+			case is(err, errdefs.ErrNotFound):
+			case is(err, errdefs.ErrFailedPrecondition):
+				kept = append(kept, key)
 			case err != nil:
-				return err
+				return nil, err
 			default:
 				m.log.Info("settled: snapshot without a record removed", "key", key)
-				if err := m.driver.Discard(ctx, p); err != nil {
-					return err
-				}
+				delete(s.active, key)
+				s.discard(ctx, p)
 			}
 		}
 		if len(kept) == len(names) {
-			m.log.Warn("snapshots without a record have children", "keys", kept, "error", last)
-			return nil
+			return kept, nil
 		}
 		names = kept
 	}
-	return nil
 }
 
 // committedNames lists all committed snapshots of the driver.
@@ -424,13 +506,21 @@ func (m *Manager) committedNames(ctx context.Context) (names []string, err error
 // that a settling that is cut off starts over.
 func (s *settling) finish(ctx context.Context, meta metadata.Meta) error {
 	m := s.m
-	meta.Driver, meta.Attributes, meta.BootID = m.info.Name, m.info.Attributes, m.bootID
+	if s.undone {
+		m.setLeftover()
+	} else {
+		meta.BootID = m.bootID
+	}
+	meta.Driver, meta.Attributes = m.info.Name, m.info.Attributes
 	if s.sameBoot && len(s.fixes) == 0 {
 		return nil
 	}
 	err := m.store.Update(ctx, func(tx *metadata.Tx) error {
 		for _, id := range s.fixes {
 			rec, err := tx.Get(id)
+			if is(err, errdefs.ErrNotFound) {
+				continue // dropped with an ancestor
+			}
 			if err != nil {
 				return err
 			}
