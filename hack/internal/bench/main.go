@@ -17,11 +17,12 @@ const (
 	exitUsage
 )
 
-const intro = `usage: hack/bench [--quick] [--only NAME]... [--dir DIR] [--rounds N] [--json]
+const intro = `usage: hack/bench [--peer] [--quick] [--only NAME]... [--dir DIR] [--rounds N] [--json]
 
 Measures what the operations of the cache cost on the disk that holds DIR.
 Times are medians; tx is the number of write transactions, the same on any
-machine. With --json, one object a line, times in microseconds.
+machine. With --json, one object a line, times in microseconds. With --peer,
+BuildKit's cache manager is measured beside ours, in the same rounds.
 
 Operations: %s
 

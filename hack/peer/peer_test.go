@@ -1,0 +1,97 @@
+package peer_test
+
+import (
+	"os"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/lamina-build/lamina/hack/internal/bench"
+	"github.com/lamina-build/lamina/hack/internal/bench/ours"
+	"github.com/lamina-build/lamina/hack/peer"
+)
+
+// TestSubjectsAgree runs one story on both subjects: a bench that compares
+// them must make them do the same.
+func TestSubjectsAgree(t *testing.T) {
+	needsRoot(t)
+	for _, o := range []bench.Opener{ours.Opener(), peer.Opener()} {
+		t.Run(o.Name, func(t *testing.T) {
+			ctx, dir := t.Context(), t.TempDir()
+			s, err := o.Open(ctx, dir)
+			require.NoError(t, err)
+
+			// A base with a file, committed, found by its index, finalized.
+			mut, err := s.New(ctx, nil, bench.Value{Name: "v", Data: "1", Index: "key/1"})
+			require.NoError(t, err)
+			require.NoError(t, mut.WriteFile(ctx, "file", []byte("text")))
+			base, err := mut.Commit(ctx)
+			require.NoError(t, err)
+			require.NoError(t, base.Finalize(ctx))
+			found, err := s.Search(ctx, "key/1")
+			require.NoError(t, err)
+			require.Equal(t, []string{base.ID()}, found)
+
+			// A child, committed, reopened, committed again.
+			mut, err = s.New(ctx, base)
+			require.NoError(t, err)
+			child, err := mut.Commit(ctx)
+			require.NoError(t, err)
+			first, reopenID := child.ID(), child.ReopenID()
+			require.NoError(t, child.Release(ctx))
+			mut, err = s.GetMutable(ctx, reopenID)
+			require.NoError(t, err)
+			_, err = s.Get(ctx, first)
+			require.Error(t, err, "the id of the former content")
+			child, err = mut.Commit(ctx)
+			require.NoError(t, err)
+			require.NotEqual(t, first, child.ID())
+			require.NoError(t, child.SetValue(ctx, bench.Value{Name: "v", Data: "2", Index: "key/2"}))
+			second := child.ID()
+
+			// All of it is there after the handles and the process are gone.
+			require.NoError(t, child.Release(ctx))
+			require.NoError(t, base.Release(ctx))
+			require.NoError(t, s.Close())
+			s, err = o.Open(ctx, dir)
+			require.NoError(t, err)
+			found, err = s.Search(ctx, "key/2")
+			require.NoError(t, err)
+			require.Equal(t, []string{second}, found)
+			child, err = s.Get(ctx, second)
+			require.NoError(t, err)
+			require.NoError(t, child.Release(ctx))
+			require.NoError(t, s.Close())
+		})
+	}
+}
+
+// TestPeerTransactions holds the peer's counts. If one of them moves, the peer
+// is not wired as its daemon wires it, or its version changed: then the
+// figures that were published no longer compare.
+func TestPeerTransactions(t *testing.T) {
+	needsRoot(t)
+	got := map[string]float64{}
+	c := bench.Config{
+		Openers: []bench.Opener{peer.Opener()},
+		Dir:     t.TempDir(),
+		Sizes:   []int{23},
+		Rounds:  3,
+		Only:    []string{"new", "new-commit-release", "commit", "finalize", "reopen", "release", "search", "set-value", "open"},
+	}
+	require.NoError(t, bench.Run(t.Context(), c, func(r bench.Result) error {
+		got[r.Name] = r.Figures[0].Transactions
+		return nil
+	}))
+	require.Equal(t, map[string]float64{
+		"new": 8, "new-commit-release": 12, "commit": 2, "finalize": 7, "reopen": 1,
+		"release": 2, "search": 0, "set-value": 1, "open": 0,
+	}, got)
+}
+
+func needsRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: the peer's overlayfs snapshots are mounted")
+	}
+}
