@@ -25,7 +25,19 @@ func opener(driver string) func(t *testing.T, root string) snapshot.Driver {
 
 func TestOverlay(t *testing.T) { snapshottest.Run(t, "overlayfs", opener(snapshot.Overlay)) }
 
-func TestNative(t *testing.T) { snapshottest.Run(t, "native", opener(snapshot.Native)) }
+func TestNative(t *testing.T) {
+	inMemory(t)
+	snapshottest.Run(t, "native", opener(snapshot.Native))
+}
+
+// inMemory puts the test's directories in memory where it can: the suite has
+// the copying driver, and each transaction's syncs, cost many seconds otherwise.
+func inMemory(t *testing.T) {
+	if dir, err := os.MkdirTemp("/dev/shm", "lamina-test-"); err == nil {
+		t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+		t.Setenv("TMPDIR", dir)
+	}
+}
 
 // containerds is containerd's own overlay snapshotter through the adaptor.
 func containerds(t *testing.T, root string) snapshot.Driver {
@@ -36,4 +48,7 @@ func containerds(t *testing.T, root string) snapshot.Driver {
 	return snapshot.Adapt("overlayfs", s, snapshot.AdaptOptions{Root: root, Attributes: snapshot.Trusted})
 }
 
-func TestAdapted(t *testing.T) { snapshottest.Run(t, "overlayfs", containerds) }
+func TestAdapted(t *testing.T) {
+	inMemory(t)
+	snapshottest.Run(t, "overlayfs", containerds)
+}
