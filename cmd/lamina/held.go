@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/cache"
+)
+
+// held is a record that stays mounted, and held against others, while this
+// process does not have the store open.
+type held struct {
+	state stateView
+	path  string
+	mount *cache.Mount
+	hold  *cache.Hold
+}
+
+// heldRef is what mutable and immutable handles have in common here.
+type heldRef interface {
+	Record() *cache.Record
+	Detach(context.Context) (*cache.Hold, error)
+	Release(context.Context) error
+}
+
+// take mounts the record that arg means, for writing or to be looked at, and
+// closes the store again. A look that only looks is not counted as a use.
+func (a *app) take(ctx context.Context, arg string, write, count bool) (_ *held, err error) {
+	m, err := a.open(ctx, changing)
+	if err != nil {
+		return nil, err
+	}
+	defer shut(m, &err)
+	id, err := resolve(ctx, m, arg)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = about(id, err) }()
+	rec, err := m.Lookup(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if write || rec.State == cache.Mutable {
+		if write && rec.State != cache.Mutable && rec.State != cache.Committed {
+			return nil, fmt.Errorf("record %s is %s and cannot be written to; make a child of it: lamina new --parent %s: %w",
+				safe(string(rec.ID)), rec.State, safe(string(rec.ID)), errdefs.ErrFailedPrecondition)
+		}
+		mut, err := m.GetMutable(ctx, rec.ID)
+		if err != nil {
+			return nil, err
+		}
+		h, err := keep(ctx, mut, func() (*cache.Mount, error) {
+			return mut.Mount(ctx, cache.MountOptions{ReadOnly: !write})
+		})
+		if err != nil && mut.ID() != rec.ID {
+			err = fmt.Errorf("%w; the record has the id %s now", err, mut.ID())
+		}
+		return a.mounted(h, rec.ID, err)
+	}
+	imm, err := m.Get(ctx, rec.ID, cache.GetOptions{NoUpdate: !count})
+	if err != nil {
+		return nil, err
+	}
+	h, err := keep(ctx, imm, func() (*cache.Mount, error) { return imm.Mount(ctx) })
+	return a.mounted(h, rec.ID, err)
+}
+
+// keep mounts a record and turns its handle into a hold.
+func keep(ctx context.Context, ref heldRef, mount func() (*cache.Mount, error)) (*held, error) {
+	h := &held{state: stateOf(ref.Record(), "")}
+	var err error
+	if h.mount, err = mount(); err != nil {
+		return nil, errors.Join(err, ref.Release(ctx))
+	}
+	h.path = h.mount.Path()
+	if h.hold, err = ref.Detach(ctx); err != nil {
+		return nil, errors.Join(err, h.mount.Unmount(), ref.Release(ctx))
+	}
+	return h, nil
+}
+
+// mounted completes the outcome of take.
+func (a *app) mounted(h *held, previous cache.ID, err error) (*held, error) {
+	if err != nil {
+		if ns := a.namespace; ns != nil && !ns.Private {
+			err = hintf(err, "%s", ns.Reason)
+		}
+		return nil, err
+	}
+	h.state.PreviousID = ""
+	if previous != h.state.ID {
+		h.state.PreviousID = previous
+	}
+	return h, nil
+}
+
+// end unmounts the record and gives it back.
+func (h *held) end() error {
+	err := h.mount.Unmount()
+	// What a killed process had open goes a moment after the process.
+	for pause := time.Millisecond; errors.Is(err, unix.EBUSY) && pause < time.Second; pause *= 2 {
+		time.Sleep(pause)
+		err = h.mount.Unmount()
+	}
+	return errors.Join(err, h.hold.Release())
+}

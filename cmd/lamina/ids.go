@@ -1,0 +1,69 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/lamina-build/lamina/cache"
+)
+
+const (
+	// keyPrefix begins the form of an ID argument that names a workspace.
+	keyPrefix = "key:"
+	// workspaceValue is the name of the value that carries a workspace's key,
+	// and workspaceIndex begins its index.
+	workspaceValue = "workspace.key"
+	workspaceIndex = "workspace:"
+)
+
+// resolve finds the record that an ID argument means.
+func resolve(ctx context.Context, m *cache.Manager, arg string) (cache.ID, error) {
+	id, err := find(ctx, m, arg)
+	return id, about(cache.ID(arg), err)
+}
+
+func find(ctx context.Context, m *cache.Manager, arg string) (cache.ID, error) {
+	if arg == "" {
+		return "", fmt.Errorf("an id is empty: %w", errdefs.ErrInvalidArgument)
+	}
+	key, isKey := strings.CutPrefix(arg, keyPrefix)
+	if !isKey {
+		id, err := m.Resolve(ctx, arg)
+		if errdefs.IsNotFound(err) {
+			err = hintf(err, "lamina ls lists what there is")
+		}
+		return id, err
+	}
+	ids, err := m.Search(ctx, workspaceIndex+key)
+	switch {
+	case err != nil:
+		return "", err
+	case len(ids) == 0:
+		return "", hintf(fmt.Errorf("no workspace has the key %q: %w", clip(key), errdefs.ErrNotFound), "lamina ls lists what there is")
+	case len(ids) > 1:
+		return "", fmt.Errorf("key %q is that of %d records (%s, %s, ...): %w", clip(key), len(ids), ids[0], ids[1], errdefs.ErrInvalidArgument)
+	}
+	return ids[0], nil
+}
+
+// keyOf is the key of the workspace that a record is, empty if it is none.
+func keyOf(rec *cache.Record) string {
+	for _, v := range rec.Values {
+		if v.Name == workspaceValue {
+			return strings.TrimPrefix(v.Index, workspaceIndex)
+		}
+	}
+	return ""
+}
+
+// clip keeps messages short when somebody passes kilobytes.
+func clip(s string) string {
+	const most = 80
+	if len(s) > most {
+		return s[:most] + "..."
+	}
+	return s
+}

@@ -1,0 +1,47 @@
+package main
+
+import (
+	"fmt"
+	"time"
+)
+
+// patience is how long something may take before we say that it goes on.
+const patience = time.Second
+
+// progress shows on a terminal that something goes on, from its second second
+// on: what it is, how far it got if detail says so, and for how long. In a
+// pipe, and in JSON, it shows nothing. stop clears the line.
+func (a *app) progress(what string, detail func() string) (stop func()) {
+	if a.json || !isTerminal(a.err) {
+		return func() {}
+	}
+	quit, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		began := time.Now()
+		tick := time.NewTimer(patience)
+		defer tick.Stop()
+		shown := false
+		for {
+			select {
+			case <-quit:
+				if shown {
+					fmt.Fprint(a.err, "\r\x1b[K")
+				}
+				return
+			case <-tick.C:
+				text := ""
+				if detail != nil {
+					text = " " + detail()
+				}
+				fmt.Fprintf(a.err, "\r\x1b[K%s%s %s", what, text, time.Since(began).Round(time.Second))
+				shown = true
+				tick.Reset(200 * time.Millisecond)
+			}
+		}
+	}()
+	return func() {
+		close(quit)
+		<-ended
+	}
+}
