@@ -17,10 +17,12 @@ func (r *Record) Clone() *Record {
 	for i := range c.Blobs {
 		c.Blobs[i].Annotations = maps.Clone(c.Blobs[i].Annotations)
 		c.Blobs[i].URLs = slices.Clone(c.Blobs[i].URLs)
+		c.Blobs[i].unknown = slices.Clone(c.Blobs[i].unknown)
 	}
 	c.Values = slices.Clone(r.Values)
 	for i := range c.Values {
 		c.Values[i].Data = slices.Clone(c.Values[i].Data)
+		c.Values[i].unknown = slices.Clone(c.Values[i].unknown)
 	}
 	c.unknown = slices.Clone(r.unknown)
 	return &c

@@ -13,7 +13,7 @@ func Waiting(s *Store) int {
 func Frame(key, payload []byte) []byte { return frame(key, payload) }
 
 // MetaPage says where the pages are that an Open needs.
-type MetaPage struct{ Root, Freelist uint64 }
+type MetaPage struct{ Root, Freelist, Used uint64 }
 
 // NewestMeta reads the meta page that counts.
 func NewestMeta(path string) (MetaPage, error) {
@@ -23,5 +23,5 @@ func NewestMeta(path string) (MetaPage, error) {
 	}
 	defer f.Close()
 	m, err := newestMeta(f)
-	return MetaPage{m.root, m.freelist}, err
+	return MetaPage{m.root, m.freelist, m.used}, err
 }

@@ -340,9 +340,15 @@ func failOnce(t *testing.T, storeFree bool, i int, f fault, states [][]string) {
 	requirePages(t, path)
 }
 
-// requirePages lets bbolt look at its own pages.
+// requirePages looks at bbolt's pages, our way and its own.
 func requirePages(t *testing.T, path string) {
 	t.Helper()
+	f, err := os.Open(path)
+	require.NoError(t, err)
+	m, err := newestMeta(f)
+	require.NoError(t, err)
+	require.NoError(t, walkPages(f, m))
+	require.NoError(t, f.Close())
 	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, PreLoadFreelist: true})
 	require.NoError(t, err)
 	require.NoError(t, db.View(func(tx *bolt.Tx) error {

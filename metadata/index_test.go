@@ -130,10 +130,17 @@ func TestForeignRows(t *testing.T) {
 
 	foreign := map[string][][2]string{
 		"index": {
-			{"foo", ""}, {"\x00", ""}, {"\x00\x03foo", ""}, {"\xff\xffzz", ""}, {"\x00\x03foor", "x"},
-			{"\x00\x03fooghost", ""}, {"\x00\x03barr", ""}, {"\x00\x09foo", ""},
+			{"foo", ""},
+			{"\x00", ""},
+			{"\x00\x03foo", ""},
+			{"\xff\xffzz", ""},
+			{"\x00\x03foor", "x"},
+			{"\x00\x03fooghost", ""},
+			{"\x00\x03barr", ""},
+			{"\x00\x09foo", ""},
 			{"\x00\x03foo" + strings.Repeat("i", metadata.MaxIDLen+1), ""},
-			{"\x00\x02\xffr", ""}, {"\x7f\xfffoo", ""},
+			{"\x00\x02\xffr", ""},
+			{"\x7f\xfffoo", ""},
 		},
 		"child":     {{"\x00\x01rghost", ""}, {"\x00\x01r", ""}, {"r", ""}, {"\x00\x01rr", ""}},
 		"blob":      {{"d", ""}, {"\x00\x01dghost", ""}, {"\x00\x01dchild", ""}},

@@ -105,7 +105,9 @@ type Record struct {
 	Labels      map[string]string
 
 	Created time.Time
-	// LastUsed is zero as long as no handle was released.
+	// LastUsed is zero as long as no handle was released. It and UsageCount
+	// are set by Create and Replace, and then by Store.Touch alone: Put
+	// leaves them as they are.
 	LastUsed   time.Time
 	UsageCount uint64
 	// Cost is what it took to make the content: for a build, the duration

@@ -13,6 +13,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -154,6 +156,13 @@ func openLocked(path string, f *os.File, o Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
+	if !o.ReadOnly && m.freelist == boltNoFreelist {
+		// bbolt is going to walk all pages for the free ones, in a goroutine
+		// of its own, where a damaged page would end the process.
+		if err := walkPages(f, m); err != nil {
+			return nil, fmt.Errorf("open %s: %w", path, err)
+		}
+	}
 	db, err := openBolt(f, o)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
@@ -289,7 +298,7 @@ func (s *Store) begin(writable bool) (tx *Tx, err error) {
 		}
 	}()
 	b, err := s.db.Begin(writable)
-	if errors.Is(err, bolt.ErrDatabaseNotOpen) {
+	if errors.Is(err, berrors.ErrDatabaseNotOpen) {
 		return nil, ErrClosed
 	}
 	if err != nil {
@@ -344,7 +353,13 @@ func (s *Store) release() error {
 	return nil
 }
 
+// closeFile unlocks and closes a file that bbolt may have closed already. A
+// memory map that bbolt left behind when it panicked keeps the lock, hence
+// the unlocking.
 func closeFile(f *os.File) error {
+	if c, err := f.SyscallConn(); err == nil {
+		_ = c.Control(func(fd uintptr) { _ = unix.Flock(int(fd), unix.LOCK_UN) })
+	}
 	if err := f.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return err
 	}

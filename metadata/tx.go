@@ -241,6 +241,7 @@ func (tx *Tx) childless(id ID) error {
 // its driver keys only, since no id may ever name two contents.
 func (tx *Tx) free(old, r *Record) error {
 	mine := func(id ID) bool { return old != nil && id == old.ID }
+	rewrite := mine(r.ID)
 	for i, name := range append([]ID{r.ID}, r.Aliases...) {
 		what := "id"
 		if i > 0 {
@@ -250,7 +251,7 @@ func (tx *Tx) free(old, r *Record) error {
 		if err != nil {
 			return err
 		}
-		if owner != "" && owner != r.ID || owner == r.ID && old == nil {
+		if owner != "" && !(rewrite && owner == r.ID) {
 			return fmt.Errorf("record %q: %s %q is taken by record %q: %w", r.ID, what, name, owner, errdefs.ErrAlreadyExists)
 		}
 	}

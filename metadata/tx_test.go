@@ -122,6 +122,7 @@ func TestRefusals(t *testing.T) {
 		{"replace with children", func(tx *metadata.Tx) error { return tx.Replace("p", rec("n")) }, errdefs.IsFailedPrecondition, []string{`"c1"`, `"c2"`}},
 		{"replace of nothing", func(tx *metadata.Tx) error { return tx.Replace("ghost", rec("n")) }, errdefs.IsNotFound, nil},
 		{"replace by itself", func(tx *metadata.Tx) error { return tx.Replace("c1", rec("c1")) }, errdefs.IsInvalidArgument, nil},
+		{"replace by another", func(tx *metadata.Tx) error { return tx.Replace("c1", rec("c2")) }, errdefs.IsAlreadyExists, []string{`"c2"`}},
 		{"replace by an alias", func(tx *metadata.Tx) error { return tx.Replace("c2", rec("c2al")) }, errdefs.IsAlreadyExists, nil},
 		{"replace keeps the id", func(tx *metadata.Tx) error {
 			return tx.Replace("c2", with("n", func(r *metadata.Record) { r.Aliases = []metadata.ID{"c2"} }))
@@ -270,7 +271,8 @@ func TestTotals(t *testing.T) {
 	require.Equal(t, []metadata.Total{{Type: "x", State: f, Count: 2, Bytes: 10}, {Type: "y", State: f, Count: 1, Bytes: 1}}, totals())
 	create(t, s, rec("c2", over("p"), size(2, "y")))
 	require.Equal(t, []metadata.Total{
-		{Type: "x", State: f, Count: 1, Bytes: 0}, {Type: "y", State: f, Count: 2, Bytes: 3},
+		{Type: "x", State: f, Count: 1, Bytes: 0},
+		{Type: "y", State: f, Count: 2, Bytes: 3},
 		{Type: "x", State: f, Shared: true, Count: 1, Bytes: 10},
 	}, totals())
 	r := get(t, s, "p")
@@ -315,7 +317,9 @@ func TestByIDPrefix(t *testing.T) {
 	s := fresh(t)
 	create(t, s, rec("ab1", func(r *metadata.Record) { r.Aliases = []metadata.ID{"ab3", "x1", "x2"} }), rec("ab2"), rec("b"))
 	for prefix, want := range map[string][]metadata.ID{"ab": {"ab1", "ab2"}, "x": {"ab1"}, "ab3": {"ab1"}, "b": {"b"}, "z": nil, "": {"ab1", "ab2", "b"}} {
-		view(t, s, func(tx *metadata.Tx) { require.Equal(t, want, slices.Collect(tx.ByIDPrefix(prefix)), "prefix %q", prefix) })
+		view(t, s, func(tx *metadata.Tx) {
+			require.Equal(t, want, slices.Collect(tx.ByIDPrefix(prefix)), "prefix %q", prefix)
+		})
 	}
 }
 
