@@ -18,8 +18,8 @@ type Options struct {
 	// relative to the source: `*` and `?` stay within one name, `**` goes over
 	// any number, a match covers all that is below, the last match wins, `!`
 	// takes back in what was excluded. They mean what they mean to BuildKit. A
-	// directory that matches is kept only for the sake of
-	// what is taken back in below it.
+	// directory that matches is kept only for the sake of what is taken back in
+	// below it.
 	Exclude []string
 
 	// Skip are paths that are not source with all that is below them, such as

@@ -29,6 +29,7 @@ func TestFirstSyncIsExact(t *testing.T) {
 	require.NoError(t, os.Chmod(filepath.Join(src, "a.c"), 0o755|os.ModeSetuid))
 	require.NoError(t, os.Chmod(filepath.Join(src, "empty"), 0o777|os.ModeSticky|os.ModeSetgid))
 	require.NoError(t, os.Chmod(filepath.Join(src, "cmd/sub"), 0o555))
+	t.Cleanup(func() { _ = os.Chmod(src+"/cmd/sub", 0o755); _ = os.Chmod(dst+"/cmd/sub", 0o755) })
 	age(t, src)
 	write(t, filepath.Join(dst, "build/out.o"), "built")
 	write(t, filepath.Join(dst, "cmd/main.o"), "built")

@@ -96,6 +96,10 @@ func (r *Root) open(at int, path string, flags int, perm uint32) (int, error) {
 				continue
 			case unix.ENOSYS, unix.EPERM:
 				r.stepwise.Store(true)
+			case unix.EXDEV:
+				// A directory on the way was moved out of the root meanwhile,
+				// so nothing is at this path any more.
+				return -1, unix.ENOENT
 			default:
 				return fd, err
 			}
