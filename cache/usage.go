@@ -156,11 +156,18 @@ func (m *Manager) measureRest(ctx context.Context, u *Usage) error {
 		return &os.PathError{Op: "stat", Path: filepath.Join(m.root, StoreFile), Err: err}
 	}
 	u.Database = db.Blocks * 512
-	pending, err := fs.DiskUsage(ctx, filepath.Join(m.root, "snapshots", "trash"))
+	trash := filepath.Join(m.root, "snapshots", "trash")
+	names, err := os.ReadDir(trash)
 	if err != nil && !errors.Is(err, iofs.ErrNotExist) {
-		return fmt.Errorf("measure pending removals: %w", err)
+		return fmt.Errorf("list pending removals: %w", err)
 	}
-	u.Pending = pending.Size
+	for _, n := range names {
+		pending, err := fs.DiskUsage(ctx, filepath.Join(trash, n.Name()))
+		if err != nil && !errors.Is(err, iofs.ErrNotExist) {
+			return fmt.Errorf("measure pending removals: %w", err)
+		}
+		u.Pending += pending.Size
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(m.root, &st); err != nil {
 		return &os.PathError{Op: "statfs", Path: m.root, Err: err}

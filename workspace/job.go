@@ -71,7 +71,7 @@ type Result struct {
 	ID  cache.ID `json:"id"`
 	// PreviousID is the id that the workspace had before this run, or that of
 	// its parent if Reopened is false. It is empty if nothing changed hands.
-	PreviousID cache.ID `json:"previous_id,omitempty"`
+	PreviousID cache.ID `json:"previous_id"`
 	// Cached says that nothing ran.
 	Cached bool `json:"cached"`
 	// Reopened says that the run went on in the same snapshot.
