@@ -1,5 +1,11 @@
 package snapshot
 
+import (
+	"os"
+	"strconv"
+	"syscall"
+)
+
 // For tests in package snapshot_test.
 var (
 	CopyTree   = copyTree
@@ -7,3 +13,8 @@ var (
 	EncodeKey  = encodeKey
 	DecodeKey  = decodeKey
 )
+
+// Base36 is the name of the short link to a directory.
+func Base36(fi os.FileInfo) string {
+	return strconv.FormatUint(fi.Sys().(*syscall.Stat_t).Ino, 36)
+}

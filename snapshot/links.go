@@ -87,9 +87,18 @@ func (t *tree) dropLinks(at string) error {
 		if err != nil {
 			return &os.PathError{Op: "stat", Path: filepath.Join(at, elem), Err: err}
 		}
-		if err := os.Remove(t.path(dirLinks, linkName(&st, t.dev))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := t.dropLink(&st); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// dropLink removes the short link of a directory, if it has one.
+func (t *tree) dropLink(st *unix.Stat_t) error {
+	err := os.Remove(t.path(dirLinks, linkName(st, t.dev)))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }

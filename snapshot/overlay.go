@@ -250,12 +250,18 @@ func (o *overlay) inUse(e entry, s state) (bool, error) {
 // than the commit and so waits for a patient caller.
 func (o *overlay) tidy(path string, patient bool) (again bool, err error) {
 	work := filepath.Join(path, "work")
+	var st unix.Stat_t
+	if err := unix.Lstat(work, &st); errors.Is(err, unix.ENOENT) {
+		return false, nil
+	} else if err != nil {
+		return false, &os.PathError{Op: "lstat", Path: work, Err: err}
+	}
 	err = unix.Rmdir(work)
 	switch {
-	case err == nil, errors.Is(err, unix.ENOENT):
-		return false, nil
-	case errors.Is(err, unix.ENOTDIR):
-		return false, nil // adopted: a link into a directory of its own
+	case err == nil:
+		return false, o.dropLink(&st)
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
+		return false, nil // gone, or adopted: a link into a directory of its own
 	case !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EEXIST):
 		return false, &os.PathError{Op: "rmdir", Path: work, Err: err}
 	}
@@ -275,5 +281,8 @@ func (o *overlay) tidy(path string, patient bool) (again bool, err error) {
 	if err := o.step("tidy.work"); err != nil {
 		return false, err
 	}
-	return false, removeTree(work)
+	if err := removeTree(work); err != nil {
+		return false, err
+	}
+	return false, o.dropLink(&st)
 }
