@@ -299,12 +299,14 @@ func TestMountOptions(t *testing.T) {
 	require.NotContains(t, strings.Join(view[0].Options, ","), "upperdir")
 }
 
-// Unlike containerd's, a commit with a parent is checked against the depth.
-func TestRebaseCounts(t *testing.T) {
+// A child by rebase counts like any other, a detached one does not.
+func TestRebasedAndDetachedChildren(t *testing.T) {
 	d, _ := stage(t)
 	_, err := d.Prepare(t.Context(), "k", "")
 	require.NoError(t, err)
 	require.NoError(t, d.Commit(t.Context(), "n", "k", func(i *snapshots.Info) error { i.Parent = "base"; return nil }))
+	err = d.Remove(t.Context(), "base")
+	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
 	p, err := d.Detach(t.Context(), "n")
 	require.NoError(t, err)
 	require.NoError(t, d.Remove(t.Context(), "base"), "a detached child does not count")
