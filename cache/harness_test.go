@@ -2,38 +2,63 @@ package cache_test
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 	"github.com/lamina-build/lamina/snapshot/snapshottest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if name := os.Getenv(helperEnv); name != "" {
+		os.Exit(runHelper(name, os.Args[1:]))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // kind is a way to get a driver for a root.
 type kind struct {
 	name string
-	open func(t testing.TB, root string) snapshot.Driver
+	open func(root string) (snapshot.Driver, error)
 }
 
 var (
-	overlayKind = kind{"overlay", func(t testing.TB, root string) snapshot.Driver { return openDriver(t, root, "overlay") }}
-	nativeKind  = kind{"native", func(t testing.TB, root string) snapshot.Driver { return openDriver(t, root, "native") }}
-	kinds       = []kind{overlayKind, nativeKind}
+	overlayKind    = kind{"overlay", openDriver("overlay")}
+	nativeKind     = kind{"native", openDriver("native")}
+	containerdKind = kind{"containerd-overlayfs", openContainerd}
+	kinds          = []kind{overlayKind, nativeKind, containerdKind}
 )
 
-func openDriver(t testing.TB, root, name string) snapshot.Driver {
-	d, err := snapshot.Open(context.Background(), root, snapshot.Options{Driver: name})
-	require.NoError(t, err)
-	return d
+func kindNamed(name string) kind {
+	return kinds[slices.IndexFunc(kinds, func(k kind) bool { return k.name == name })]
+}
+
+func openDriver(name string) func(root string) (snapshot.Driver, error) {
+	return func(root string) (snapshot.Driver, error) {
+		return snapshot.Open(context.Background(), root, snapshot.Options{Driver: name})
+	}
+}
+
+// openContainerd adapts containerd's own snapshotter.
+func openContainerd(root string) (snapshot.Driver, error) {
+	s, err := overlay.NewSnapshotter(filepath.Join(root, "containerd"), overlay.AsynchronousRemove)
+	if err != nil {
+		return nil, err
+	}
+	return snapshot.Adapt("containerd-overlayfs", s, snapshot.AdaptOptions{Root: root, Attributes: snapshot.Trusted}), nil
 }
 
 // needRoot skips what mounts.
@@ -52,15 +77,15 @@ type world struct {
 	root   string
 	driver *snapshottest.Faulty
 	*cache.Manager
+	boot string
 	opts func(*cache.Options)
 }
 
 // newWorld opens a fresh store, which the end of the test checks.
 func newWorld(t testing.TB, k kind) *world {
 	needRoot(t)
-	w := &world{TB: t, ctx: t.Context(), kind: k, root: filepath.Join(t.TempDir(), "store")}
+	w := &world{TB: t, ctx: context.Background(), kind: k, root: filepath.Join(t.TempDir(), "store"), boot: "this boot"}
 	require.NoError(t, os.Mkdir(w.root, 0o700))
-	w.ctx = context.Background()
 	w.reopenStore()
 	t.Cleanup(w.finish)
 	return w
@@ -73,20 +98,30 @@ func forKinds(t *testing.T, fn func(w *world)) {
 	}
 }
 
-// open opens the store, closing it first if it is open.
+// reopenStore opens the store, closing it first if it is open.
 func (w *world) reopenStore() {
+	w.Helper()
+	require.NoError(w, w.tryOpen())
+}
+
+// tryOpen is reopenStore for stores that may refuse.
+func (w *world) tryOpen() error {
 	w.Helper()
 	if w.Manager != nil {
 		w.closeStore()
 	}
-	w.driver = snapshottest.NewFaulty(w.kind.open(w, w.root))
-	o := cache.Options{Root: w.root, Driver: w.driver, BootID: "this boot"}
+	d, err := w.kind.open(w.root)
+	require.NoError(w, err)
+	w.driver = snapshottest.NewFaulty(d)
+	o := cache.Options{Root: w.root, Driver: w.driver, BootID: w.boot}
 	if w.opts != nil {
 		w.opts(&o)
 	}
-	var err error
-	w.Manager, err = cache.Open(w.ctx, o)
-	require.NoError(w, err)
+	if w.Manager, err = cache.Open(w.ctx, o); err != nil {
+		w.Manager = nil
+		return errors.Join(err, d.Close())
+	}
+	return nil
 }
 
 func (w *world) closeStore() {
@@ -95,6 +130,34 @@ func (w *world) closeStore() {
 	w.Manager = nil
 	w.driver.Clear()
 	require.NoError(w, w.driver.Close())
+}
+
+// crash leaves the store as a kill would at this moment. What the process had
+// open goes on in a directory that nobody looks at any more.
+func (w *world) crash() {
+	w.Helper()
+	root := filepath.Join(w.TempDir(), "store")
+	require.NoError(w, cloneTree(w.root, root))
+	w.driver.Clear()
+	require.NoError(w, w.Manager.Close())
+	require.NoError(w, w.driver.Close())
+	w.Manager, w.root = nil, root
+}
+
+// tamper changes a closed store behind the cache's back, and marks it dirty.
+func (w *world) tamper(fn func(d snapshot.Driver, s *metadata.Store)) {
+	w.Helper()
+	if w.Manager != nil {
+		w.closeStore()
+	}
+	d, err := w.kind.open(w.root)
+	require.NoError(w, err)
+	s, err := metadata.Open(w.ctx, filepath.Join(w.root, cache.StoreFile), metadata.Options{FlushInterval: -1})
+	require.NoError(w, err)
+	fn(d, s)
+	require.NoError(w, errors.Join(s.Close(), d.Close()))
+	err = os.Rename(filepath.Join(w.root, "clean"), filepath.Join(w.root, "dirty"))
+	require.True(w, err == nil || errors.Is(err, fs.ErrNotExist), err)
 }
 
 // finish proves the store: nothing is found, nothing is mounted.
@@ -205,4 +268,13 @@ func (w *world) transactions(fn func()) int {
 	before := w.Stats().Transactions
 	fn()
 	return int(w.Stats().Transactions - before)
+}
+
+func walk(w *world, d snapshot.Driver) (out []snapshots.Info) {
+	w.Helper()
+	require.NoError(w, d.Walk(w.ctx, func(_ context.Context, info snapshots.Info) error {
+		out = append(out, info)
+		return nil
+	}))
+	return out
 }
