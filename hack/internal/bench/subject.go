@@ -93,7 +93,7 @@ func txid(file string) (id uint64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 
 	var first [txidAt + 8]byte
 	if _, err := f.ReadAt(first[:], 0); err != nil {
