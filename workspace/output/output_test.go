@@ -2,7 +2,6 @@ package output
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -498,7 +497,7 @@ func TestCancelledWritesNothing(t *testing.T) {
 	cancel()
 	for _, p := range []string{"d", "f"} {
 		_, err := Collect(ctx, tree, []Spec{{p, out + "/new/" + p}})
-		require.True(t, errors.Is(err, context.Canceled), "%v", err)
+		require.ErrorIs(t, err, context.Canceled)
 	}
 	after := all(t, out)
 	require.Len(t, after, len(before))
@@ -509,5 +508,5 @@ func TestWorkspaceThatIsNotThere(t *testing.T) {
 	_, err := collect(t, out+"/none", "f")
 	require.True(t, errdefs.IsNotFound(err), "%v", err)
 	var missing *MissingError
-	require.False(t, errors.As(err, &missing))
+	require.NotErrorAs(t, err, &missing)
 }

@@ -61,13 +61,6 @@ func describe(t tb, p, rel string, first map[uint64]string) string {
 	case unix.S_IFBLK, unix.S_IFCHR:
 		d += fmt.Sprintf(" dev=%x", st.Rdev)
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 {
-		if l, ok := first[st.Ino]; ok {
-			d += " = " + l
-		} else {
-			first[st.Ino] = rel
-		}
-	}
 	fd, err := unix.Open(p, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	require.NoError(t, err)
 	defer fsat.Close(fd)
@@ -75,6 +68,13 @@ func describe(t tb, p, rel string, first map[uint64]string) string {
 	require.NoError(t, err)
 	for _, x := range xattrs {
 		d += fmt.Sprintf(" %s=%q", x.Name, x.Value)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 {
+		if l, ok := first[st.Ino]; ok {
+			d += " = " + l
+		} else {
+			first[st.Ino] = rel
+		}
 	}
 	return d
 }

@@ -281,8 +281,14 @@ func TestRacyFilesAreReadAgain(t *testing.T) {
 		after time.Duration
 		again bool
 	}{
-		{-time.Hour, true}, {0, true}, {time.Millisecond, true}, {10 * time.Millisecond, true}, {24 * time.Millisecond, true},
-		{27 * time.Millisecond, false}, {time.Second, false}, {time.Hour, false},
+		{-time.Hour, true},
+		{0, true},
+		{time.Millisecond, true},
+		{10 * time.Millisecond, true},
+		{24 * time.Millisecond, true},
+		{27 * time.Millisecond, false},
+		{time.Second, false},
+		{time.Hour, false},
 	} {
 		clock := func() time.Time { return changed.Add(tt.after) }
 		first, _ := reads(t, dir, nil, clock)
@@ -360,6 +366,7 @@ func TestChangeBetweenScanAndSyncIsFound(t *testing.T) {
 			src, dst := t.TempDir(), t.TempDir()
 			makeTree(t, src, "a=1", "d/f=before", "z=2")
 			tree := scan(t, src, nil)
+			settle(tree) // so that the stat data alone must tell
 			require.NoError(t, edit(src+"/d/f"))
 			r, err := tree.SyncTo(context.Background(), src, dst, nil, nil)
 			var changed *ChangedError

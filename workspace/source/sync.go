@@ -25,8 +25,8 @@ type Result struct {
 	Removed int
 	// Bytes is the content copied.
 	Bytes int64
-	// Notes lists what could not be kept as it is in the source, and what the
-	// scan left out.
+	// Notes lists what could not be kept as it is in the source among what
+	// this sync touched, and what the scan left out.
 	Notes []Note
 	// Tree is what the workspace holds of the source now, to be kept beside
 	// the workspace and given to the next Scan and SyncTo as prev. After an

@@ -246,6 +246,13 @@ func TestSecondSync(t *testing.T) {
 			},
 			changed: 1,
 		},
+		"workspace: two equal files made one": {
+			edit: func(d dirs) {
+				must(os.Remove(d.dst + "/equal2"))
+				must(os.Link(d.dst+"/equal1", d.dst+"/equal2"))
+			},
+			changed: 1,
+		},
 		"workspace: one file made two": {
 			edit: func(d dirs) {
 				must(os.Remove(d.dst + "/one"))
@@ -284,7 +291,10 @@ func TestSecondSync(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			src, dst := t.TempDir(), t.TempDir()
 			makeTree(t, src, sample...)
+			makeTree(t, src, "equal1=equal", "equal2=equal")
 			age(t, src)
+			same := time.Now().Add(-time.Hour)
+			must(errors.Join(os.Chtimes(src+"/equal1", same, same), os.Chtimes(src+"/equal2", same, same)))
 			r := syncDirs(t, src, dst, nil)
 			settle(r.Tree)
 			tt.edit(dirs{src, dst})
@@ -387,9 +397,8 @@ func TestSparseFilesStaySparse(t *testing.T) {
 	require.NoError(t, f.Close())
 	require.NoError(t, os.Truncate(createEmpty(t, src+"/hole"), size))
 	last := int64(0)
-	r := Result{}
 	tree := scan(t, src, nil)
-	r, err = tree.SyncTo(context.Background(), src, dst, nil, func(done, total int64) {
+	r, err := tree.SyncTo(context.Background(), src, dst, nil, func(done, total int64) {
 		require.GreaterOrEqual(t, done, last)
 		require.EqualValues(t, 2*size, total)
 		last = done
@@ -512,7 +521,7 @@ func TestCancelled(t *testing.T) {
 			cancel()
 		}
 	})
-	require.True(t, errors.Is(err, context.Canceled), "%v", err)
+	require.ErrorIs(t, err, context.Canceled)
 	r = syncDirs(t, src, dst, r.Tree)
 	requireSynced(t, src, dst)
 }

@@ -28,8 +28,9 @@ type Copier struct {
 }
 
 // Copy copies size bytes of src into the empty file dst and keeps holes. A
-// source that ends early is io.ErrUnexpectedEOF. report, if not nil, is told
-// how many more bytes are done.
+// source that was cut off meanwhile is io.ErrUnexpectedEOF or reads as zeros,
+// as a hole does: the caller compares its stat data before and after. report,
+// if not nil, is told how many more bytes are done.
 func (c *Copier) Copy(ctx context.Context, dst, src int, size int64, report func(int64)) error {
 	if report == nil {
 		report = func(int64) {}
