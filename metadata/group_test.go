@@ -346,6 +346,43 @@ func TestUses(t *testing.T) {
 	check(6, 20)
 }
 
+// TestUsesDoNotCostAnUpdate: on a full disk an update that fits goes through
+// without the uses that would have come along.
+func TestUsesDoNotCostAnUpdate(t *testing.T) {
+	var full atomic.Int32
+	s := open(t, storePath(t), metadata.Options{FlushInterval: -1, Step: func(name string) error {
+		if name == "tx commit" && full.Add(-1) >= 0 {
+			return syscall.ENOSPC
+		}
+		return nil
+	}})
+	create(t, s, rec("a"))
+	s.Touch("a", time.Unix(1, 0))
+	full.Store(1)
+	create(t, s, rec("b"))
+	require.Equal(t, 1, s.Stats().WaitingUses)
+	full.Store(1)
+	require.True(t, errdefs.IsResourceExhausted(s.Flush(t.Context())))
+	require.NoError(t, s.Flush(t.Context()))
+	require.Zero(t, s.Stats().WaitingUses)
+}
+
+// TestUsesShowWhileTheyAreWritten reads in the middle of the commit that
+// takes them along.
+func TestUsesShowWhileTheyAreWritten(t *testing.T) {
+	s, g := gated(t)
+	s.Touch("p", time.Unix(1, 0))
+	first := g.begin(t, s, creates("first")[0])
+	require.EqualValues(t, 1, get(t, s, "p").UsageCount)
+	s.Touch("p", time.Unix(2, 0))
+	require.EqualValues(t, 2, get(t, s, "p").UsageCount)
+	g.pass <- nil
+	require.NoError(t, <-first)
+	require.EqualValues(t, 2, get(t, s, "p").UsageCount)
+	require.Equal(t, 1, s.Stats().WaitingUses)
+	g.on.Store(false)
+}
+
 func TestUsesAreFlushedInTime(t *testing.T) {
 	committed := make(chan string, 10)
 	s := open(t, storePath(t), metadata.Options{FlushInterval: time.Millisecond, Step: func(name string) error {

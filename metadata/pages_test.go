@@ -1,6 +1,7 @@
 package metadata_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -64,6 +65,26 @@ func TestKilledAndDamaged(t *testing.T) {
 	for i := range 300 {
 		try(root+i, 0x11)
 	}
+	// Branches that lead back to themselves, or twice to the same page.
+	branches := 0
+	for at := 2 * page; at < len(content); at += page {
+		if binary.NativeEndian.Uint16(content[at+8:]) != 1 {
+			continue
+		}
+		for el := at + 16; el < at+16+16*int(binary.NativeEndian.Uint16(content[at+10:])); el += 16 {
+			below := binary.NativeEndian.Uint64(content[el+8:])
+			for _, to := range []uint64{uint64(at / page), meta.Root} {
+				if binary.NativeEndian.Uint64(content[at:]) != uint64(at/page) {
+					continue // a free page
+				}
+				branches++
+				binary.NativeEndian.PutUint64(content[el+8:], to)
+				try(el, 0)
+			}
+			binary.NativeEndian.PutUint64(content[el+8:], below)
+		}
+	}
+	require.NotZero(t, branches)
 	require.NotZero(t, refused)
 	require.NotZero(t, opened)
 	t.Logf("%d refused, %d opened", refused, opened)
