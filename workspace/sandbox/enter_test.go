@@ -195,14 +195,31 @@ func TestEnterWithoutRights(t *testing.T) {
 	})
 }
 
-func TestMountsOfEnterAreNotSeen(t *testing.T) {
+// Not even where mounts are shared between namespaces, as a systemd host
+// shares all of them.
+func TestMountsAreNotSeenOutside(t *testing.T) {
 	needRoot(t)
 	for _, user := range []int{0, someUser} {
 		p := newPlace(t, user)
-		out, err := p.program(t, "mount", p.source).Output()
-		require.NoError(t, err, string(out))
+		require.NoError(t, unix.Mount(p.dir, p.dir, "", unix.MS_BIND, ""))
+		t.Cleanup(func() { require.NoError(t, unix.Unmount(p.dir, unix.MNT_DETACH)) })
+		require.NoError(t, unix.Mount("", p.dir, "", unix.MS_SHARED, ""))
+		before := mountsBelow(t, p.dir)
+
+		cmd := p.program(t, "mount", p.source)
+		require.NoError(t, cmd.Run())
 		require.False(t, exists(p.source+"/inside"))
-		p.requireNoMount(t)
+		require.Equal(t, before, mountsBelow(t, p.dir))
+
+		s := p.spec("mount | grep -c " + p.fixed + "; touch outside-knows; read line < fifo")
+		require.NoError(t, syscall.Mkfifo(p.source+"/fifo", 0o666))
+		require.NoError(t, os.Chmod(p.source+"/fifo", 0o666))
+		cmd = p.runner(t, s, true)
+		require.NoError(t, cmd.Start())
+		eventually(t, func() bool { return exists(p.source + "/outside-knows") }, "the command runs")
+		require.Equal(t, before, mountsBelow(t, p.dir), "while the command runs")
+		require.NoError(t, os.WriteFile(p.source+"/fifo", []byte("go\n"), 0))
+		require.NoError(t, cmd.Wait())
 	}
 }
 

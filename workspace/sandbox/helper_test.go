@@ -250,9 +250,15 @@ func (p place) requireNothingLeft(t *testing.T, mark string) {
 
 func (p place) requireNoMount(t *testing.T) {
 	t.Helper()
-	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(p.dir))
+	require.Zero(t, mountsBelow(t, p.dir))
+}
+
+// mountsBelow counts the mounts at or below dir.
+func mountsBelow(t *testing.T, dir string) int {
+	t.Helper()
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	require.NoError(t, err)
-	require.Empty(t, infos)
+	return len(infos)
 }
 
 func read(t *testing.T, path ...string) string {

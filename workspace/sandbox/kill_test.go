@@ -54,11 +54,24 @@ func TestKilledRunnerLeavesNothing(t *testing.T) {
 		require.NoError(t, cmd.Start())
 		eventually(t, func() bool { return exists(p.source+"/ready") && len(alive(t, mark)) >= fugitivesCount }, "the command runs")
 		p.requireNoMount(t)
+		family := descendants(cmd.Process.Pid)
+		require.Greater(t, len(family), 1, "init and the command")
 		require.NoError(t, cmd.Process.Kill())
 		_ = cmd.Wait()
 		eventually(t, func() bool { return len(alive(t, mark)) == 0 }, "nothing is left")
+		eventually(t, func() bool { return !anyOf(family) }, "init has ended, too")
 		p.requireNoMount(t)
 	})
+}
+
+// anyOf says whether one of the processes is there and more than a zombie.
+func anyOf(pids []int) bool {
+	for _, pid := range pids {
+		if _, alive := parentOf(pid); alive {
+			return true
+		}
+	}
+	return false
 }
 
 func TestTerminatedRunnerLeavesNothing(t *testing.T) {

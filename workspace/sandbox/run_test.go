@@ -447,6 +447,27 @@ func TestOutput(t *testing.T) {
 			require.ErrorIs(t, err, full)
 			require.Equal(t, Exit{Signal: syscall.SIGPIPE}, got)
 		})
+		t.Run("held by somebody outside", func(t *testing.T) {
+			s := p.spec("echo $$ >&2; read line < hold; echo last")
+			require.NoError(t, syscall.Mkfifo(p.source+"/hold", 0o600))
+			mark := newMark()
+			s.Env = append(s.Env, mark)
+			var out bytes.Buffer
+			s.Stdout = &out
+			ended := make(chan error, 1)
+			go func() {
+				_, err := run(s)
+				ended <- err
+			}()
+			var pids []int
+			eventually(t, func() bool { pids = alive(t, mark); return len(pids) > 0 }, "the command runs")
+			held, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/1", pids[0]), os.O_WRONLY, 0)
+			require.NoError(t, err)
+			defer held.Close()
+			require.NoError(t, os.WriteFile(p.source+"/hold", []byte("go\n"), 0o600))
+			require.NoError(t, <-ended, "the end of the command is the end of its output")
+			require.Equal(t, "last\n", out.String())
+		})
 		t.Run("discarded", func(t *testing.T) {
 			got, err := run(p.spec("head -c 1000000 /dev/zero && exit 2"))
 			require.NoError(t, err)
