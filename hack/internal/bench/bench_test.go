@@ -20,14 +20,14 @@ import (
 // cache, and holds the counts that do not depend on the machine.
 func TestAllOperations(t *testing.T) {
 	dir := t.TempDir()
-	c := bench.Config{Openers: []bench.Opener{ours.Opener()}, Dir: dir, Sizes: []int{11, 23}, Rounds: 3}
+	c := bench.Config{Openers: []bench.Opener{ours.Opener()}, Dir: dir, Sizes: []int{11, 23}, Rounds: 2}
 	tx := map[string]float64{}
 	var names []string
 	require.NoError(t, bench.Run(t.Context(), c, func(r bench.Result) error {
 		require.Len(t, r.Figures, 1)
 		f := r.Figures[0]
 		require.Equal(t, bench.Ours, f.Subject)
-		require.Equal(t, 3, f.Samples)
+		require.Equal(t, 2, f.Samples)
 		require.Positive(t, f.Median)
 		require.LessOrEqual(t, f.Low, f.Median)
 		require.LessOrEqual(t, f.Median, f.High)

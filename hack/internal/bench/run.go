@@ -46,9 +46,6 @@ type Figure struct {
 	Samples      int
 }
 
-// warmup is the number of rounds that are run first and not counted.
-const warmup = 2
-
 // Run measures and hands each result to report as soon as it is there. The
 // states are removed before it returns.
 func Run(ctx context.Context, c Config, report func(Result) error) (err error) {
@@ -135,12 +132,13 @@ type series struct {
 	transactions []float64
 }
 
-// measure runs the rounds of one operation.
+// measure runs the rounds of one operation; the first ones are not counted.
 func (c *Config) measure(ctx context.Context, op operation, n int, worlds []*world) (Result, error) {
 	all := make([]series, len(worlds))
-	rounds := c.Rounds
+	warmup, rounds := 2, c.Rounds
 	if op.rounds > 0 {
-		rounds = min(rounds, op.rounds)
+		// One run of these is many operations.
+		warmup, rounds = 1, min(rounds, op.rounds)
 	}
 	for round := range warmup + rounds {
 		for i := range worlds {
