@@ -46,7 +46,8 @@ func (m *Manager) Unsynced(ctx context.Context) (*Unsynced, error) {
 			if err != nil {
 				return err
 			}
-			if rec.State != metadata.Mutable && rec.State != metadata.Lazy {
+			// A durable record is on the list when a rename is to be synced.
+			if rec.State != metadata.Mutable && rec.State != metadata.Lazy && (!rec.Durable || rec.Was != "") {
 				u.list = append(u.list, revision{id, rec.Revision})
 			}
 		}
