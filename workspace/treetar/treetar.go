@@ -54,7 +54,7 @@ func Write(ctx context.Context, w io.Writer, root, name string, o Options) (Stat
 	top, err := pathrs.OpenInRoot(root, "/"+name)
 	if err != nil {
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-			err = errors.Join(err, errdefs.ErrNotFound)
+			return Stats{}, fmt.Errorf("there is no %q in the tree: %w", name, errdefs.ErrNotFound)
 		}
 		return Stats{}, fmt.Errorf("open %q in the tree: %w", name, err)
 	}
