@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -63,6 +64,8 @@ type checking struct {
 	stopped bool
 	records map[string]*Record // by driver key
 	byID    map[ID]*Record
+	// unswapped are records that are known to wait for a swap.
+	unswapped map[ID]bool
 }
 
 func (c *checking) report(f Finding) {
@@ -96,6 +99,9 @@ func (c *checking) store(ctx context.Context, tx *metadata.Tx) error {
 // names compares records with the driver, both ways.
 func (c *checking) names(ctx context.Context) error {
 	inMemory := c.m.unrecordedKeys()
+	c.m.lock()
+	c.unswapped = maps.Clone(c.m.unswapped)
+	c.m.unlock()
 	found := map[string]snapshots.Info{}
 	err := c.m.driver.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
 		found[info.Name] = info
@@ -106,7 +112,7 @@ func (c *checking) names(ctx context.Context) error {
 	}
 	for key, rec := range c.records {
 		info, ok := found[key]
-		if !ok && rec.State == metadata.Committed {
+		if _, swapping := c.unswapped[rec.ID]; !ok && swapping {
 			// A finalize whose swap is to come.
 			info, ok = found[string(rec.ID)]
 		}
@@ -118,7 +124,7 @@ func (c *checking) names(ctx context.Context) error {
 	}
 	for key := range found {
 		rec := c.records[key]
-		if rec == nil {
+		if _, swapping := c.unswapped[ID(key)]; rec == nil && swapping {
 			rec = c.byID[ID(key)]
 		}
 		if rec == nil && !inMemory[key] && !c.m.heldByProcess(key) {

@@ -21,7 +21,7 @@ import (
 // directories there, and any other one if not.
 func fastDir(t testing.TB) string {
 	const memory = "/dev/shm"
-	dir, err := os.MkdirTemp(memory, "lamina-test-")
+	dir, err := os.MkdirTemp(memory, "lamina-cache-test-")
 	if err != nil {
 		return t.TempDir()
 	}

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -74,6 +76,7 @@ type history struct {
 	t     testing.TB
 	ctx   context.Context
 	root  string
+	open  func() (*cache.Manager, error)
 	m     *cache.Manager
 	model model
 	mut   *cache.MutableRef
@@ -254,6 +257,13 @@ var operations = []operation{
 		}
 		return err
 	}},
+	{"Again", func(*history) bool { return false }, func(h *history) (err error) {
+		if err := errors.Join(h.let(), h.m.Close()); err != nil {
+			return err
+		}
+		h.m, err = h.open()
+		return err
+	}},
 	{"Close", func(*history) bool { return true }, func(h *history) error {
 		h.mut, h.imm = nil, nil
 		return h.m.Close()
@@ -276,6 +286,9 @@ var starts = []struct {
 	{"New Commit Sync", 1},
 	{"New Commit Child Commit", 1},
 	{"New Commit Child Commit Sync Finalize", 1},
+	// The store was closed cleanly before: it must become dirty in time.
+	{"New Commit Again", 1},
+	{"New Commit Child Commit Again", 1},
 }
 
 // crashTest is one driver's run.
@@ -288,6 +301,10 @@ type crashTest struct {
 	deep            int
 	copies, settled int
 	histories       int
+	// seen are the copies of the present history that were settled already:
+	// many steps leave the same bytes.
+	seed maphash.Seed
+	seen map[uint64]bool
 }
 
 func TestCrashAtEveryStep(t *testing.T) {
@@ -299,14 +316,14 @@ func TestCrashAtEveryStep(t *testing.T) {
 	for _, driver := range []string{"overlay", "native"} {
 		t.Run(driver, func(t *testing.T) {
 			t.Parallel()
-			c := &crashTest{T: t, dir: fastDir(t), driver: driver, deep: deep}
+			c := &crashTest{T: t, dir: fastDir(t), driver: driver, deep: deep, seed: maphash.MakeSeed(), seen: map[uint64]bool{}}
 			c.making()
 			for _, s := range starts {
 				c.extend(strings.Fields(s.history), nil, s.length+more)
 			}
 			require.Positive(t, c.copies)
 			require.Positive(t, c.settled)
-			t.Logf("%d histories cut at %d steps, their settling at %d", c.histories, c.copies, c.settled)
+			t.Logf("%d histories cut at %d steps: %d different stores settled", c.histories, c.copies, c.settled)
 		})
 	}
 }
@@ -361,6 +378,7 @@ func (c *crashTest) crash(start, done []string, op operation) bool {
 
 	c.histories++
 	c.copies += len(r.copies)
+	clear(c.seen)
 	deep := len(done) < c.deep
 	for i, at := range r.copies {
 		allowed := append([]model{before, after}, h.between...)
@@ -384,7 +402,10 @@ func (c *crashTest) open() (*history, *recorder) {
 	require.NoError(c, cloneTree(c.fresh, root))
 	r := &recorder{root: root, dir: c.dir}
 	h := &history{t: c, ctx: context.Background(), root: root, model: model{}}
-	h.m, err = cache.Open(h.ctx, c.options(root, "this boot", r.step))
+	h.open = func() (*cache.Manager, error) {
+		return cache.Open(h.ctx, c.options(root, "this boot", r.step))
+	}
+	h.m, err = h.open()
 	require.NoError(c, err)
 	return h, r
 }
@@ -427,15 +448,46 @@ func (r *recorder) copy(step string) error {
 // allowed. With deep the settling itself is cut at each step.
 func (c *crashTest) settle(what, root, boot string, allowed []model, deep bool) {
 	defer func() { require.NoError(c, os.RemoveAll(root)) }()
+	if c.settledBefore(root, boot, len(allowed)) {
+		return
+	}
 	r := &recorder{root: root, dir: c.dir, on: deep}
 	m, err := cache.Open(context.Background(), c.options(root, boot, r.step))
 	require.NoError(c, err, what)
 	r.on = false
 	c.compare(what, m, boot == "this boot", allowed)
+	c.settled++
 	for _, at := range r.copies {
-		c.settled++
 		c.settle(fmt.Sprintf("%s, settling [at %s]", what, at.step), at.dir, boot, allowed, false)
 	}
+}
+
+// settledBefore says whether the same bytes were settled in that boot and
+// compared with as many models.
+func (c *crashTest) settledBefore(root, boot string, models int) bool {
+	var h maphash.Hash
+	h.SetSeed(c.seed)
+	fmt.Fprintln(&h, boot, models)
+	require.NoError(c, filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.Name() == cache.StoreFile+".holder" {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(&h, strings.TrimPrefix(path, root), info.Mode(), info.Sys().(*syscall.Stat_t).Nlink)
+		if info.Mode().IsRegular() {
+			data, err := os.ReadFile(path)
+			_, _ = h.Write(data)
+			return err
+		}
+		return nil
+	}))
+	sum := h.Sum64()
+	was := c.seen[sum]
+	c.seen[sum] = true
+	return was
 }
 
 // compare looks at all that there is in a settled store, and closes it.

@@ -26,6 +26,9 @@ func TestMain(m *testing.M) {
 	if name := os.Getenv(helperEnv); name != "" {
 		os.Exit(runHelper(name, os.Args[1:]))
 	}
+	if os.Geteuid() == 0 && os.Getenv(namespaceEnv) == "" {
+		os.Exit(inOwnNamespace())
+	}
 	goleak.VerifyTestMain(m)
 }
 

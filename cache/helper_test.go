@@ -8,8 +8,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -28,6 +30,31 @@ func runHelper(name string, args []string) int {
 		return 1
 	}
 	return 0
+}
+
+// namespaceEnv says that the tests run in a mount namespace of their own.
+const namespaceEnv = "LAMINA_CACHE_TEST_NAMESPACE"
+
+// inOwnNamespace runs the tests in a mount namespace of their own. Otherwise a
+// process that makes a namespace meanwhile, such as the test of another
+// package, would copy our mounts into it and keep upper directories in use
+// after we unmounted them.
+func inOwnNamespace() int {
+	// The signal at our death belongs to the thread that starts the child.
+	runtime.LockOSThread()
+	cmd := exec.CommandContext(context.Background(), "/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), namespaceEnv+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// Go makes all mounts of the new namespace private.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		fmt.Fprintln(os.Stderr, "run the tests in a mount namespace:", err)
+		return 1
+	}
+	return cmd.ProcessState.ExitCode()
 }
 
 // helper is such a process.

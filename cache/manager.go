@@ -49,7 +49,11 @@ type Manager struct {
 	// unswapped are records whose snapshot is committed in the driver, or
 	// may be if the value is false, while no transaction says so.
 	unswapped map[metadata.ID]bool
-	// leftover says that a name may be in the driver that no record names.
+	// orphans are snapshots that no record names and that could not be
+	// removed, with the second half of their removal if the first was done.
+	// They are tried again with the next removal.
+	orphans map[string]snapshot.Pending
+	// leftover says that the next open has something to settle.
 	leftover bool
 	closed   bool
 	// running counts operations that Close waits for.
@@ -94,6 +98,7 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 		entries:   map[metadata.ID]*entry{},
 		written:   map[string]struct{}{},
 		unswapped: map[metadata.ID]bool{},
+		orphans:   map[string]snapshot.Pending{},
 	}
 	if err := m.open(ctx, &o); err != nil {
 		if m.ownDriver && m.driver != nil {
@@ -314,5 +319,5 @@ func (m *Manager) unsettled() bool {
 			return true
 		}
 	}
-	return m.leftover || len(m.unswapped) > 0
+	return m.leftover || len(m.unswapped) > 0 || len(m.orphans) > 0
 }

@@ -10,7 +10,6 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/lamina-build/lamina/metadata"
-	"github.com/lamina-build/lamina/snapshot"
 )
 
 // NewOptions describe a new mutable record.
@@ -97,6 +96,9 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 		rec.Op, rec.Parents, parentKey = metadata.Layer, []ID{prec.ID}, prec.Key
 	}
 
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	rec.ID = m.store.NewID()
 	rec.Key = activeKey(rec.ID)
 	if err := m.marks.setDirty(); err != nil {
@@ -144,45 +146,4 @@ func (m *Manager) create(ctx context.Context, edit *Edit, fn func(*metadata.Tx, 
 		edit.rec.Revision = 1
 	}
 	return err
-}
-
-// discardKey removes a snapshot that no record names. What it cannot remove
-// is left to the next Open, which the dirty mark tells.
-func (m *Manager) discardKey(ctx context.Context, key string) error {
-	// The caller may be gone already, the snapshot must go all the same.
-	ctx = context.WithoutCancel(ctx)
-	p, err := m.detachKey(ctx, key)
-	switch {
-	case errors.Is(err, errdefs.ErrNotFound):
-		return nil
-	case err == nil:
-		err = m.driver.Discard(ctx, p)
-	}
-	if err != nil {
-		m.setLeftover()
-		m.log.Warn("a snapshot without a record is left to the next open", "key", key, "error", err)
-		return fmt.Errorf("remove snapshot %s: %w", key, err)
-	}
-	return nil
-}
-
-// detachKey is the driver's Detach. When that fails it looks whether the name
-// went all the same: the call may have failed after its work was done, and a
-// name in the trash that nobody remembers would stay there.
-func (m *Manager) detachKey(ctx context.Context, key string) (snapshot.Pending, error) {
-	p, err := m.driver.Detach(ctx, key)
-	if err == nil || is(err, errdefs.ErrNotFound, errdefs.ErrFailedPrecondition) {
-		return p, err
-	}
-	pending, perr := m.driver.Pending(context.WithoutCancel(ctx))
-	if perr != nil {
-		m.setLeftover()
-		return p, errors.Join(err, perr)
-	}
-	for _, q := range pending {
-		if q.Kind == snapshot.PendingRemoval && q.Key == key {
-			return q, nil
-		}
-	}
-	return p, err
 }

@@ -126,7 +126,8 @@ func (p *pool) mount(key poolKey, mount func(target string) error) (string, erro
 		return "", classify(err)
 	}
 	if err := mount(target); err != nil {
-		return "", errors.Join(err, os.Remove(target))
+		// It may have failed after something was mounted.
+		return "", errors.Join(err, unmount(target, unix.MNT_DETACH))
 	}
 	return target, nil
 }
@@ -155,11 +156,17 @@ func (t *poolMount) end(flags int) error {
 	if t.plain {
 		return nil
 	}
-	// EINVAL: somebody else unmounted it.
-	if err := unix.Unmount(t.path, flags|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
-		return &os.PathError{Op: "unmount", Path: t.path, Err: err}
+	return unmount(t.path, flags)
+}
+
+// unmount ends what is mounted on a directory, if anything is, and removes the
+// directory.
+func unmount(path string, flags int) error {
+	// EINVAL: nothing is, or somebody else unmounted it.
+	if err := unix.Unmount(path, flags|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+		return &os.PathError{Op: "unmount", Path: path, Err: err}
 	}
-	if err := os.Remove(t.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

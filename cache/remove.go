@@ -39,6 +39,7 @@ func (m *Manager) Remove(ctx context.Context, ids ...ID) ([]Removed, error) {
 		out[i].ID = id
 	}
 	defer r.letGo()
+	m.retryOrphans(ctx)
 	r.take(ctx, ids)
 	order := r.order(ctx)
 	r.detach(ctx, order)
@@ -301,11 +302,8 @@ func (r *removal) discard(ctx context.Context, order []ID) {
 		delete(m.unswapped, id)
 		m.unlock()
 		for _, p := range v.trash {
-			if err := m.driver.Discard(ctx, p); err != nil {
-				// The record is gone; its bytes are left to the next open.
-				m.setLeftover()
-				m.log.Warn("bytes of a removed record are left to the next open", "id", id, "error", err)
-				v.size = 0
+			if m.discardPending(ctx, p) != nil {
+				v.size = 0 // the record is gone, its bytes go later
 			}
 		}
 	}
