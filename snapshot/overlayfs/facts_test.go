@@ -69,6 +69,22 @@ func TestClassesDoNotMix(t *testing.T) {
 	})
 }
 
+// A redirect mark, as other tools leave it, is not followed: what it points
+// to depends on the layers below, which need not be the ones it was made on.
+func TestRedirectIsNotFollowed(t *testing.T) {
+	needRoot(t)
+	for name, method := range methods {
+		t.Run(name, func(t *testing.T) {
+			s := newStack(t)
+			top, bottom := s.tree("top", "new/own"), s.tree("bottom", "old/below")
+			require.NoError(t, sysx.LSetxattr(s.path("top/new"), xattr(false, "redirect"), []byte("/old"), 0))
+			require.NoError(t, Mount{Lower: []string{top, bottom}}.mountWith(s.path("m"), method))
+			require.NoFileExists(t, s.path("m/new/below"))
+			require.FileExists(t, s.path("m/old/below"))
+		})
+	}
+}
+
 func TestForeignWhiteout(t *testing.T) {
 	eachClass(t, func(t *testing.T, s stack, user bool) {
 		top, bottom := s.tree("top", "d/"), s.tree("bottom", "other/f")
