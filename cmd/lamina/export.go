@@ -170,10 +170,13 @@ func (a *app) writeTo(name string, fill func(io.Writer) error) (err error) {
 	if target, lerr := filepath.EvalSymlinks(name); lerr == nil {
 		name = target
 	}
+	if err := a.mayMake(name); err != nil {
+		return err
+	}
 	temp := filepath.Join(filepath.Dir(name), ".lamina-"+rand.Text()+".tmp")
 	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
 	if err != nil {
-		return err
+		return fmt.Errorf("make a file beside %s: %w", name, err)
 	}
 	err = fill(f)
 	if err == nil {

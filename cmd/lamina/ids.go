@@ -8,16 +8,11 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/workspace"
 )
 
-const (
-	// keyPrefix begins the form of an ID argument that names a workspace.
-	keyPrefix = "key:"
-	// workspaceValue is the name of the value that carries a workspace's key,
-	// and workspaceIndex begins its index.
-	workspaceValue = "workspace.key"
-	workspaceIndex = "workspace:"
-)
+// keyPrefix begins the form of an ID argument that names a workspace.
+const keyPrefix = "key:"
 
 // resolve finds the record that an ID argument means.
 func resolve(ctx context.Context, m *cache.Manager, arg string) (cache.ID, error) {
@@ -37,23 +32,18 @@ func find(ctx context.Context, m *cache.Manager, arg string) (cache.ID, error) {
 		}
 		return id, err
 	}
-	ids, err := m.Search(ctx, workspaceIndex+key)
-	switch {
-	case err != nil:
-		return "", err
-	case len(ids) == 0:
-		return "", hintf(fmt.Errorf("no workspace has the key %q: %w", clip(key), errdefs.ErrNotFound), "lamina ls lists what there is")
-	case len(ids) > 1:
-		return "", fmt.Errorf("key %q is that of %d records (%s, %s, ...): %w", clip(key), len(ids), ids[0], ids[1], errdefs.ErrInvalidArgument)
+	id, err := workspace.Find(ctx, m, key)
+	if errdefs.IsNotFound(err) {
+		err = hintf(fmt.Errorf("no workspace has the key %q: %w", clip(key), errdefs.ErrNotFound), "lamina ls lists what there is")
 	}
-	return ids[0], nil
+	return id, err
 }
 
 // keyOf is the key of the workspace that a record is, empty if it is none.
 func keyOf(rec *cache.Record) string {
 	for _, v := range rec.Values {
-		if v.Name == workspaceValue {
-			return strings.TrimPrefix(v.Index, workspaceIndex)
+		if v.Name == workspace.ValueKey {
+			return string(v.Data)
 		}
 	}
 	return ""

@@ -68,6 +68,11 @@ func (a *app) open(ctx context.Context, how access) (*cache.Manager, error) {
 	o := a.options(root)
 	o.NoCreate, o.ReadOnly = how != making, how == looking
 	fresh := isMissing(root)
+	if how == making || how == changing && !fresh {
+		if err := a.mayUse(root); err != nil {
+			return nil, err
+		}
+	}
 	m, err := cache.Open(ctx, o)
 	if err != nil {
 		return nil, explainOpen(root, how, fresh, err)
