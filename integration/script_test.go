@@ -120,7 +120,9 @@ func lastLine(s string) string {
 }
 
 func setup(e *testscript.Env, driver string) error {
-	e.Setenv("PATH", filepath.Dir(laminaBinary)+":"+e.Getenv("PATH"))
+	// Directories of whoever called the tests may be closed to an ordinary
+	// user; scripts need what every system has.
+	e.Setenv("PATH", filepath.Dir(laminaBinary)+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	e.Setenv("LAMINA_ROOT", filepath.Join(e.WorkDir, "store"))
 	e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
 	e.Setenv("DRIVER", driver)
