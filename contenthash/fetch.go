@@ -1,0 +1,526 @@
+package contenthash
+
+import (
+	"context"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// fetch reads what one round of a run wants, and puts it into the tree.
+//
+// Nodes are only removed or replaced by the fetch itself or by something that
+// raises the tree's rev. What is read after that is dropped: the next round
+// finds out what is still wanted.
+type fetch struct {
+	t       *Tree
+	root    rootDir
+	rev     uint64
+	missing map[string]bool // of the run
+	pool    *pool           // of the phase under way
+	// stale is set when rev has changed. Guarded by t.mu.
+	stale bool
+}
+
+func (f *fetch) run(ctx context.Context, r *run) error {
+	for path := range r.looks {
+		if err := f.phase(ctx, 1, func(rd *reader) error { return f.look(rd, path) }); err != nil {
+			return err
+		}
+	}
+	var tasks []func(*reader) error
+	for path, names := range r.reads {
+		tasks = append(tasks, func(rd *reader) error { return f.readNamed(rd, path, names) })
+	}
+	if r.readRoot {
+		tasks = append(tasks, f.readRoot)
+	}
+	if err := f.phase(ctx, f.t.workers, tasks...); err != nil {
+		return err
+	}
+	for _, s := range r.scans {
+		if err := f.phase(ctx, f.t.workers, func(rd *reader) error { return f.scan(rd, s) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// phase runs tasks, and those that they make, to their end.
+func (f *fetch) phase(ctx context.Context, workers int, tasks ...func(*reader) error) error {
+	if len(tasks) == 0 {
+		return nil
+	}
+	f.pool = newPool(workers, func() *reader { return f.t.borrow(ctx) }, f.t.giveBack)
+	for _, task := range tasks {
+		f.pool.push(task)
+	}
+	return f.pool.run(ctx)
+}
+
+// borrow takes a reader that an earlier worker has left, or makes one.
+func (t *Tree) borrow(ctx context.Context) *reader {
+	r, ok := t.readers.Get().(*reader)
+	if !ok {
+		r = newReader()
+	}
+	r.done = ctx.Done()
+	return r
+}
+
+func (t *Tree) giveBack(r *reader) {
+	t.mu.Lock()
+	t.stats.add(r.stats)
+	t.mu.Unlock()
+	r.stats, r.done = Stats{}, nil
+	t.readers.Put(r)
+}
+
+// apply runs change on the tree, unless what was read is out of date.
+func (f *fetch) apply(change func()) {
+	f.t.mu.Lock()
+	defer f.t.mu.Unlock()
+	if f.t.rev != f.rev {
+		f.stale = true
+		return
+	}
+	change()
+}
+
+// current runs look, which only reads the tree; false if what it would see is
+// not what the run asked about.
+func (f *fetch) current(look func()) bool {
+	f.t.mu.RLock()
+	defer f.t.mu.RUnlock()
+	if f.t.rev != f.rev {
+		return false // stale is set by the first apply, or not needed
+	}
+	look()
+	return true
+}
+
+// look looks at each name on the way to path, up to the first that is no
+// directory.
+func (f *fetch) look(rd *reader, path string) error {
+	at := f.root.fd
+	defer func() {
+		if at != f.root.fd {
+			_ = unix.Close(at)
+		}
+	}()
+	n := f.t.root
+	for rest, more := path, true; more; {
+		var name string
+		name, rest, more = strings.Cut(rest, "/")
+		got, err := rd.entry(at, name, kindUnknown, false)
+		if err != nil {
+			return failed("look at", path, err)
+		}
+		var c *node
+		f.apply(func() { c = f.put(n, name, got) })
+		if got.gone {
+			f.missing[path] = true
+		}
+		if c == nil || c.kind != kindDir || !more {
+			return nil
+		}
+		next, err := openat(at, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW)
+		if at != f.root.fd {
+			_ = unix.Close(at)
+		}
+		at = f.root.fd
+		if moved(err) {
+			return nil // the next round looks again
+		}
+		if err != nil {
+			return failed("open", path, err)
+		}
+		at, n = next, c
+	}
+	return nil
+}
+
+// put enters what was read of the name in the directory n, and returns its
+// node. The caller holds mu.
+func (f *fetch) put(n *node, name string, got facts) *node {
+	c := n.child(name)
+	if got.gone {
+		if c != nil {
+			f.t.drop(c)
+			n.dir.listed = false
+		}
+		return nil
+	}
+	if c == nil {
+		n.dir.listed = false // there is one more than was known
+		c = &node{name: name}
+		f.t.become(c, got.kind)
+		f.t.add(n, c)
+	}
+	f.t.learn(c, got)
+	return c
+}
+
+// become makes n an entry of another kind, of which nothing is known.
+func (t *Tree) become(n *node, k kind) {
+	n.kind, n.dir, n.link = k, nil, nil
+	n.flags &= fSaved
+	if k == kindDir {
+		n.dir = &dirInfo{}
+	}
+}
+
+// learn enters facts that were read of n. Facts that n has from another time
+// stay if the stat data are the same and certain.
+func (t *Tree) learn(n *node, got facts) {
+	if n.kind != got.kind {
+		t.become(n, got.kind)
+		t.touch(n)
+	}
+	if !(n.has(fStat) && n.stat == got.stat && !n.has(fRacy)) {
+		old, had := n.digest, n.has(fDigest)
+		n.flags &= fSaved
+		n.link = nil
+		if n.dir != nil {
+			n.dir.listed = false
+		}
+		n.stat = got.stat
+		n.set(fStat, true)
+		n.set(fRacy, got.racy)
+		if had && got.digest != nil && *got.digest == old && n.dir == nil {
+			n.set(fDigest, true) // only the stat data are new
+			t.pages.touch(n)
+		} else {
+			t.touch(n)
+		}
+	}
+	if got.link != nil {
+		n.link = got.link
+	}
+	if got.digest != nil && !(n.has(fDigest) && n.digest == *got.digest) {
+		n.digest = *got.digest
+		n.set(fDigest, true)
+		t.touch(n)
+	}
+	n.epoch = t.epoch
+}
+
+// readNamed reads the digests of some entries of the directory path.
+func (f *fetch) readNamed(rd *reader, path string, names []string) error {
+	var nodes []*node
+	ok := f.current(func() {
+		dir := f.t.find(path)
+		for _, name := range names {
+			if dir == nil {
+				return
+			}
+			if c := dir.child(name); c != nil {
+				nodes = append(nodes, c)
+			}
+		}
+	})
+	if !ok || len(nodes) == 0 {
+		return nil
+	}
+	return f.readAll(rd, path, nodes)
+}
+
+// readRoot reads the digest of the root's header.
+func (f *fetch) readRoot(rd *reader) error {
+	return f.visitDir(rd, visit{node: f.t.root, header: true})
+}
+
+// readAll reads the digests of entries of one directory, and gives half of
+// them away whenever somebody else has nothing to do.
+func (f *fetch) readAll(rd *reader, path string, nodes []*node) error {
+	fd, err := f.root.openDir(path)
+	if moved(err) {
+		f.lost(path)
+		return nil
+	}
+	if err != nil {
+		return failed("open", path, err)
+	}
+	defer unix.Close(fd) //nolint:errcheck // only read from
+	return f.readIn(rd, fd, path, nodes)
+}
+
+// flush is how many results are entered at a time.
+const flush = 64
+
+func (f *fetch) readIn(rd *reader, fd int, path string, nodes []*node) error {
+	type result struct {
+		n *node
+		facts
+	}
+	var results []result
+	enter := func() {
+		f.apply(func() {
+			for _, r := range results {
+				if r.n.parent != nil && r.n.parent.dir != nil {
+					f.put(r.n.parent, r.n.name, r.facts)
+				}
+			}
+		})
+		results = results[:0]
+	}
+	defer func() { enter() }() // what was read is kept whatever happens
+	for len(nodes) > 0 {
+		hungry, over := f.pool.look()
+		if over {
+			return nil
+		}
+		if half := len(nodes) / 2; half > 0 && hungry {
+			rest := nodes[half:]
+			nodes = nodes[:half]
+			f.pool.push(func(rd *reader) error { return f.readAll(rd, path, rest) })
+		}
+		n := nodes[0]
+		nodes = nodes[1:]
+		got, err := f.readNode(rd, fd, n)
+		if err != nil {
+			return failed("hash", joinPath(path, n.name), err)
+		}
+		if results = append(results, result{n, got}); len(results) == flush {
+			enter()
+		}
+	}
+	return nil
+}
+
+// readNode reads the digest of n in the directory fd, or finds that the one
+// that is known still holds.
+func (f *fetch) readNode(rd *reader, fd int, n *node) (facts, error) {
+	// n changes only by this worker, or by something that raises rev.
+	var known Stat
+	var check bool
+	var hint kind
+	f.current(func() {
+		known, hint = n.stat, n.kind
+		check = n.has(fDigest) && n.has(fStat) && !n.has(fRacy)
+	})
+	if check {
+		got, err := rd.entry(fd, n.name, hint, false)
+		if err != nil || got.gone || (got.kind == hint && got.stat == known) {
+			return got, err
+		}
+		hint = got.kind
+	}
+	return rd.entry(fd, n.name, hint, true)
+}
+
+// lost notes that the directory path is not there as it was known: it and all
+// above it have to be looked at again.
+func (f *fetch) lost(path string) {
+	f.apply(func() {
+		n := f.t.find(path)
+		if n == nil {
+			return
+		}
+		for p := n; p != nil; p = p.parent {
+			p.epoch = 0
+			if p.dir != nil {
+				p.dir.listed = false
+			}
+			f.t.touch(p)
+		}
+	})
+}
+
+func joinPath(dir, name string) string {
+	if dir == "" {
+		return name
+	}
+	return dir + "/" + name
+}
+
+// scan reads the names in a directory and below, with digests if asked to.
+func (f *fetch) scan(rd *reader, s scan) error {
+	v := visit{path: s.path, deep: true, header: s.hash, hash: s.hash, prune: s.prune}
+	ok := f.current(func() { v.node = f.t.find(s.path) })
+	if !ok || v.node == nil || v.node.kind != kindDir {
+		return nil
+	}
+	return f.visitDir(rd, v)
+}
+
+// visit is a directory to be read.
+type visit struct {
+	node *node
+	path string
+	// header wants the digest of the directory's header, hash those of its
+	// entries, deep what is below.
+	header, hash, deep bool
+	prune              *pruner
+}
+
+func (f *fetch) visitDir(rd *reader, v visit) error {
+	var ready bool
+	if !f.current(func() { ready = f.ready(v) }) {
+		return nil
+	}
+	fd := -1
+	if !ready {
+		var err error
+		fd, err = f.root.openDir(v.path)
+		if moved(err) {
+			f.lost(v.path)
+			return nil
+		}
+		if err != nil {
+			return failed("open", v.path, err)
+		}
+		defer unix.Close(fd) //nolint:errcheck // only read from
+		if err := f.readDir(rd, fd, v); err != nil {
+			return failed("read", v.path, err)
+		}
+	}
+	if !v.deep {
+		return nil
+	}
+	var files, dirs []*node
+	f.current(func() { files, dirs = f.below(v) })
+	for _, d := range dirs {
+		next := v
+		next.node, next.path, next.header = d, joinPath(v.path, d.name), v.hash
+		f.pool.push(func(rd *reader) error { return f.visitDir(rd, next) })
+	}
+	if len(files) == 0 {
+		return nil
+	}
+	if fd < 0 {
+		return f.readAll(rd, v.path, files)
+	}
+	return f.readIn(rd, fd, v.path, files)
+}
+
+// ready says that the facts of the directory itself hold.
+func (f *fetch) ready(v visit) bool {
+	n := v.node
+	return n.dir != nil && f.t.trusts(n) && (n.dir.listed || !v.deep) && (n.has(fDigest) || !v.header)
+}
+
+// below finds the entries that have to be read and the directories to visit.
+func (f *fetch) below(v visit) (files, dirs []*node) {
+	if v.node.dir == nil {
+		return nil, nil
+	}
+	for _, c := range v.node.dir.children {
+		switch {
+		case c.kind == kindDir:
+			done := v.hash && c.dir.hasSum && c.dir.sumEpoch >= f.t.trusted
+			if !done && !v.prune.skips(c) {
+				dirs = append(dirs, c)
+			}
+		case c.kind == kindUnknown, v.hash && !(c.has(fDigest) && f.t.trusts(c)):
+			files = append(files, c)
+		}
+	}
+	return files, dirs
+}
+
+// readDir reads what is wanted of an open directory itself, or finds that what
+// is known holds.
+func (f *fetch) readDir(rd *reader, fd int, v visit) error {
+	for range attempts {
+		started := rd.now()
+		var st, after unix.Stat_t
+		rd.stats.Stats++
+		if err := fstat(fd, &st); err != nil {
+			return err
+		}
+		got := factsOf(&st, started)
+		if f.holds(v, got) {
+			return nil
+		}
+		var head rawHeader
+		head.of(&st)
+		var err error
+		if head.xattrs, err = (place{fd: fd}).xattrs(rd.attrs); err != nil {
+			return err
+		}
+		rd.head = head.appendTo(rd.head[:0])
+		digest := sum256(rd.head)
+		got.digest = &digest
+		var names []dirent
+		if v.deep {
+			rd.stats.DirsListed++
+			if names, err = list(fd, rd.buf); err != nil {
+				return err
+			}
+			slices.SortFunc(names, func(a, b dirent) int { return strings.Compare(a.name, b.name) })
+		}
+		if err := fstat(fd, &after); err != nil {
+			return err
+		}
+		if !same(&st, &after) {
+			continue
+		}
+		f.apply(func() {
+			f.t.learn(v.node, got)
+			if v.deep {
+				f.t.setNames(v.node, names)
+			}
+		})
+		return nil
+	}
+	return ErrChanged
+}
+
+// holds says that a look showed what is known of a directory to hold and to be
+// enough, and notes it.
+func (f *fetch) holds(v visit, got facts) (ok bool) {
+	f.apply(func() {
+		n := v.node
+		if n.dir == nil || !n.has(fStat) || n.has(fRacy) || n.stat != got.stat {
+			return
+		}
+		n.epoch = f.t.epoch
+		ok = f.ready(v)
+	})
+	return ok
+}
+
+// setNames makes names, sorted, the entries of the directory n. Those that are
+// known and of the same kind stay as they are.
+func (t *Tree) setNames(n *node, names []dirent) {
+	d := n.dir
+	if d == nil {
+		return // not a directory any more
+	}
+	old := d.children
+	children := make([]*node, 0, len(names))
+	changed := false
+	for _, e := range names {
+		for len(old) > 0 && old[0].name < e.name {
+			t.pages.touch(old[0])
+			old[0].parent = nil
+			old, changed = old[1:], true
+		}
+		if len(old) > 0 && old[0].name == e.name {
+			c := old[0]
+			old = old[1:]
+			if e.kind != kindUnknown && c.kind != e.kind {
+				t.become(c, e.kind)
+				c.epoch, changed = t.epoch, true
+				t.pages.touch(c)
+			}
+			children = append(children, c)
+			continue
+		}
+		c := &node{name: e.name, parent: n, epoch: t.epoch}
+		t.become(c, e.kind)
+		t.pages.touch(c)
+		children, changed = append(children, c), true
+	}
+	for _, c := range old {
+		t.pages.touch(c)
+		c.parent, changed = nil, true
+	}
+	d.children = children
+	if changed || !d.listed {
+		d.listed = true
+		t.touch(n)
+	}
+}

@@ -1,0 +1,6 @@
+package contenthash
+
+type pageSet struct{}
+
+func (p *pageSet) replaceAll() {}
+func (p *pageSet) touch(*node) {}

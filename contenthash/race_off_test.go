@@ -1,0 +1,5 @@
+//go:build !race
+
+package contenthash_test
+
+const raceEnabled = false

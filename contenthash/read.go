@@ -1,0 +1,228 @@
+package contenthash
+
+import (
+	"context"
+	"crypto/sha256"
+	"hash"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// How much older than a moment the ctime of a file must be for every change
+// after that moment to show another one.
+const (
+	// fineWindow: the kernel stamps with a clock that steps once per tick, up
+	// to 10 ms, which some file systems round down by as much again. Since
+	// Linux 6.13 stamps of files that were looked at are finer; nothing here
+	// needs it.
+	fineWindow = 25 * time.Millisecond
+	// coarseWindow is added for a ctime without a fraction of a second, as
+	// file systems with steps of one or two seconds show.
+	coarseWindow = 2 * time.Second
+)
+
+// racy says that a change after the moment at, in nanoseconds, could leave the
+// stat data as they are.
+func racy(s Stat, at int64) bool {
+	window := fineWindow
+	if s.Ctime%int64(time.Second) == 0 {
+		window += coarseWindow
+	}
+	return s.Ctime > at-int64(window)
+}
+
+// facts are what was read of one entry.
+type facts struct {
+	gone   bool
+	kind   kind
+	stat   Stat
+	racy   bool
+	link   *string
+	digest *sum
+}
+
+func factsOf(st *unix.Stat_t, at int64) facts {
+	f := facts{kind: kindOf(st.Mode), stat: statOf(st)}
+	f.racy = racy(f.stat, at)
+	return f
+}
+
+// reader reads entries; every worker has its own.
+type reader struct {
+	// done is closed when nobody waits for the result any more.
+	done  <-chan struct{}
+	now   func() int64
+	hash  hash.Hash
+	buf   []byte // content, and names of directories
+	head  []byte // headers
+	attrs []byte // lists of attributes
+	stats Stats
+}
+
+// bufSize holds most files at once; larger ones gain nothing from more.
+const bufSize = 128 << 10
+
+func newReader() *reader {
+	return &reader{
+		now:   func() int64 { return time.Now().UnixNano() },
+		hash:  sha256.New(),
+		buf:   make([]byte, bufSize),
+		head:  make([]byte, 0, 512),
+		attrs: make([]byte, 1<<10),
+	}
+}
+
+// attempts is how often something that changed meanwhile is read again. A file
+// that is being appended to all the time is then an error, and not a reason to
+// read for ever.
+const attempts = 6
+
+// entry reads name in the directory at, of which hint is the likely kind: its
+// digest if that is wanted, else its kind, stat data and target.
+func (r *reader) entry(at int, name string, hint kind, digest bool) (facts, error) {
+	for range attempts {
+		var f facts
+		var ok bool
+		var err error
+		if hint == kindFile && digest {
+			f, ok, err = r.file(at, name)
+		} else {
+			f, ok, err = r.look(at, name, digest)
+		}
+		switch {
+		case err == unix.ENOENT || err == unix.ENOTDIR:
+			return facts{gone: true}, nil
+		case err != nil:
+			return facts{}, err
+		case ok:
+			return f, nil
+		}
+		hint = f.kind
+	}
+	return facts{}, ErrChanged
+}
+
+// look reads an entry that is not opened. ok is false if it has to be tried
+// again, with the kind that it has now.
+func (r *reader) look(at int, name string, digest bool) (f facts, ok bool, err error) {
+	started := r.now()
+	var st, after unix.Stat_t
+	r.stats.Stats++
+	if err := lstat(at, name, &st); err != nil {
+		return f, false, err
+	}
+	f = factsOf(&st, started)
+	if f.kind == kindFile && digest {
+		return f, false, nil
+	}
+	if f.kind != kindSymlink && !digest {
+		return f, true, nil
+	}
+	var head rawHeader
+	head.of(&st)
+	if f.kind == kindSymlink {
+		if head.link, err = readlink(at, name); err != nil {
+			return f, false, retryIf(err, unix.EINVAL) // no link any more
+		}
+		f.link = &head.link
+	}
+	if digest {
+		if head.xattrs, err = (place{at, name}).xattrs(r.attrs); err != nil {
+			return f, false, err
+		}
+		r.head = head.appendTo(r.head[:0])
+		s := sha256.Sum256(r.head)
+		f.digest = &s
+	}
+	if err := lstat(at, name, &after); err != nil {
+		return f, false, err
+	}
+	return f, same(&st, &after), nil
+}
+
+func retryIf(err, again error) error {
+	if err == again {
+		return nil
+	}
+	return err
+}
+
+// same says that nothing of a file changed between two looks.
+func same(a, b *unix.Stat_t) bool {
+	return statOf(a) == statOf(b) && a.Dev == b.Dev && a.Mode == b.Mode && a.Uid == b.Uid && a.Gid == b.Gid
+}
+
+// file reads what is probably a regular file. It is opened so that nothing
+// else blocks or has an effect: a link is not followed, a FIFO does not wait.
+func (r *reader) file(at int, name string) (f facts, ok bool, err error) {
+	fd, err := openat(at, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY)
+	if err == unix.ELOOP || err == unix.ENXIO {
+		return f, false, nil // a link or a socket: hint is now unknown
+	}
+	if err != nil {
+		return f, false, err
+	}
+	defer unix.Close(fd) //nolint:errcheck // only read from
+	started := r.now()
+	var st, after unix.Stat_t
+	if err := fstat(fd, &st); err != nil {
+		return f, false, err
+	}
+	f = factsOf(&st, started)
+	if f.kind != kindFile {
+		return f, false, nil
+	}
+	var head rawHeader
+	head.of(&st)
+	if head.xattrs, err = (place{fd: fd}).xattrs(r.attrs); err != nil {
+		return f, false, err
+	}
+	r.head = head.appendTo(r.head[:0])
+	r.hash.Reset()
+	r.hash.Write(r.head)
+	n, err := r.content(fd, st.Size)
+	if err != nil {
+		return f, false, err
+	}
+	if err := fstat(fd, &after); err != nil {
+		return f, false, err
+	}
+	var s sum
+	r.hash.Sum(s[:0])
+	f.digest = &s
+	return f, n == st.Size && same(&st, &after), nil
+}
+
+// content hashes what is in a file, up to one byte more than it should have.
+func (r *reader) content(fd int, size int64) (int64, error) {
+	if size == 0 {
+		return 0, nil
+	}
+	r.stats.FilesRead++
+	var total int64
+	for total <= size {
+		select {
+		case <-r.done:
+			return total, context.Canceled
+		default:
+		}
+		n, err := unix.Read(fd, r.buf)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return total, err
+		}
+		if n == 0 {
+			break
+		}
+		r.hash.Write(r.buf[:n])
+		total += int64(n)
+		if n < len(r.buf) && total == size {
+			break // a short read at the size is the end; the look after tells
+		}
+	}
+	r.stats.BytesRead += uint64(total)
+	return total, nil
+}
