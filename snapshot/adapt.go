@@ -221,6 +221,17 @@ func (a *adapted) Pending(ctx context.Context) ([]Pending, error) {
 	return out, err
 }
 
+// Committed implements Driver.
+func (a *adapted) Committed(ctx context.Context) (keys []string, err error) {
+	err = a.walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if info.Kind == snapshots.KindCommitted && info.Labels[labelRemoval] == "" {
+			keys = append(keys, info.Name)
+		}
+		return nil
+	})
+	return keys, err
+}
+
 // Dir implements Driver: how a foreign snapshotter keeps its trees is unknown.
 func (a *adapted) Dir(ctx context.Context, key string) (string, bool, error) {
 	_, err := a.visible(ctx, key)

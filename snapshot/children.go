@@ -36,20 +36,21 @@ func (t *tree) join(parent, path string) error {
 	}
 	child := filepath.Join(path, "parent")
 	dir := t.path(dirCommitted, encodeKey(parent))
-	for k := 0; ; {
+	for k, made := 0, false; ; {
 		id := filepath.Join(dir, idName(k))
 		err := unix.Link(id, child)
 		switch {
 		case err == nil:
 			return t.joined(parent, id, child)
 		case errors.Is(err, unix.EMLINK):
-			k++
-		case errors.Is(err, unix.ENOENT):
+			k, made = k+1, false
+		case errors.Is(err, unix.ENOENT) && !made:
 			if err := t.makeID(id); errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("parent %q: %w: %w", parent, err, errdefs.ErrNotFound)
 			} else if err != nil {
 				return err
 			}
+			made = true
 		default:
 			return &os.LinkError{Op: "link", Old: id, New: child, Err: err}
 		}

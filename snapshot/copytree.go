@@ -49,7 +49,11 @@ func copyRoot(to, from string) error {
 		return err
 	}
 	defer dst.Close()
-	return copyAttributes(src, dst, overlayMark)
+	st, err := stat(src)
+	if err != nil {
+		return err
+	}
+	return copyAttributes(src, dst, st, overlayMark)
 }
 
 func overlayMark(name string) bool {
@@ -89,11 +93,17 @@ func stat(f *os.File) (st unix.Stat_t, err error) {
 
 // directory copies what is in src to dst, at rel below the top, and then its
 // attributes: the times last, as each new entry changes them.
-func (c *copier) directory(src, dst *os.File, rel string) error {
-	list, err := openReadable(src, unix.O_DIRECTORY)
+func (c *copier) directory(src, dst *os.File, rel string) (err error) {
+	st, err := stat(src)
 	if err != nil {
 		return err
 	}
+	list, closed, err := openReadable(src, unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	// What lies in it can be reached only as long as it is open.
+	defer func() { err = errors.Join(err, closed()) }()
 	names, err := list.Readdirnames(-1)
 	if err := errors.Join(err, list.Close()); err != nil {
 		return err
@@ -106,7 +116,7 @@ func (c *copier) directory(src, dst *os.File, rel string) error {
 			return fmt.Errorf("copy %q: %w", filepath.Join(rel, name), err)
 		}
 	}
-	return copyAttributes(src, dst, nil)
+	return copyAttributes(src, dst, st, nil)
 }
 
 func (c *copier) entry(srcDir, dstDir *os.File, rel, name string) error {
@@ -139,7 +149,7 @@ func (c *copier) entry(srcDir, dstDir *os.File, rel, name string) error {
 	if isDir {
 		return c.directory(src, dst, rel)
 	}
-	return copyAttributes(src, dst, nil)
+	return copyAttributes(src, dst, st, nil)
 }
 
 // create makes the file with its content.
@@ -162,11 +172,14 @@ func (c *copier) create(src *os.File, dir int, name string, st unix.Stat_t) erro
 // file copies a regular file: as a clone that shares its blocks, or else the
 // ranges that hold data.
 func (c *copier) file(place *os.File, dir int, name string, size int64) error {
-	src, err := openReadable(place, 0)
+	src, closed, err := openReadable(place, 0)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
+	if err := closed(); err != nil {
+		return err
+	}
 	fd, err := unix.Openat(dir, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
@@ -264,27 +277,38 @@ func unsupported(err error) bool {
 	return false
 }
 
-// openReadable opens what a place descriptor stands for. A file that its own
-// mode keeps its owner from reading is opened up for that moment.
-func openReadable(place *os.File, flags int) (*os.File, error) {
+// openReadable opens what a place descriptor stands for. One that its own
+// mode keeps its owner from reading is opened up until closed is called.
+func openReadable(place *os.File, flags int) (f *os.File, closed func() error, err error) {
 	path := procPath(place)
-	open := func() (*os.File, error) {
+	open := func() error {
 		fd, err := unix.Open(path, flags|unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
-			return nil, &os.PathError{Op: "open", Path: place.Name(), Err: err}
+			return &os.PathError{Op: "open", Path: place.Name(), Err: err}
 		}
-		return os.NewFile(uintptr(fd), place.Name()), nil
+		f = os.NewFile(uintptr(fd), place.Name())
+		return nil
 	}
-	f, err := open()
-	if !errors.Is(err, unix.EACCES) {
-		return f, err
+	closed = func() error { return nil }
+	st, err := stat(place)
+	if err != nil {
+		return nil, nil, err
 	}
-	st, statErr := stat(place)
-	if statErr != nil || unix.Chmod(path, st.Mode&0o7777|0o500) != nil {
-		return nil, err
+	shut := st.Mode&0o500 != 0o500 && flags&unix.O_DIRECTORY != 0 && os.Geteuid() != 0
+	if err = open(); err == nil && !shut || err != nil && !errors.Is(err, unix.EACCES) {
+		return f, closed, err
 	}
-	f, err = open()
-	return f, errors.Join(err, unix.Chmod(path, st.Mode&0o7777))
+	if chmodErr := unix.Chmod(path, st.Mode&0o7777|0o500); chmodErr != nil {
+		return f, closed, err // not the owner: the first answer stands
+	}
+	closed = func() error { return unix.Chmod(path, st.Mode&0o7777) }
+	if err != nil {
+		err = open()
+	}
+	if err != nil {
+		err = errors.Join(err, closed())
+	}
+	return f, closed, err
 }
 
 // readLink reads the symbolic link that a place descriptor stands for.
@@ -301,25 +325,21 @@ func readLink(place *os.File) (string, error) {
 	}
 }
 
-// copyAttributes copies owner, mode, extended attributes (but those to skip)
-// and times, in an order in which none undoes another: changing the owner
-// takes set-id bits and capabilities away, everything changes times.
-func copyAttributes(src, dst *os.File, skip func(string) bool) error {
-	st, err := stat(src)
-	if err != nil {
-		return err
-	}
-	path := procPath(dst)
+// copyAttributes copies owner, mode and times, as st has them, and extended
+// attributes but those to skip, in an order in which none undoes another:
+// changing the owner takes set-id bits and capabilities away, a mode may keep
+// an ordinary user from setting attributes, and everything changes times.
+func copyAttributes(src, dst *os.File, st unix.Stat_t, skip func(string) bool) error {
 	if err := unix.Fchownat(int(dst.Fd()), "", int(st.Uid), int(st.Gid), unix.AT_EMPTY_PATH); err != nil {
 		return &os.PathError{Op: "chown", Path: dst.Name(), Err: err}
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFLNK {
-		if err := unix.Chmod(path, st.Mode&0o7777); err != nil {
-			return &os.PathError{Op: "chmod", Path: dst.Name(), Err: err}
-		}
-	}
 	if err := copyXattrs(src, dst, skip); err != nil {
 		return err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFLNK {
+		if err := unix.Chmod(procPath(dst), st.Mode&0o7777); err != nil {
+			return &os.PathError{Op: "chmod", Path: dst.Name(), Err: err}
+		}
 	}
 	return setTimes(dst, st)
 }

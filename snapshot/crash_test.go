@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -478,5 +479,77 @@ func TestOpenKilledAtEachStep(t *testing.T) {
 			},
 		})
 		require.ErrorIs(t, err, errFull)
+	}
+}
+
+// What several kills in a row leave: a chain of removed names that still are
+// each other's children. The last one frees the others.
+func TestSettleChainInTrash(t *testing.T) {
+	root := scratch(t)
+	d := openWith(t, snapshot.Native, root, &steps{})
+	chain(t, d, root, 4)
+	_, err := d.Prepare(t.Context(), "k", "l1")
+	require.NoError(t, err)
+	want := world{}
+	for _, name := range []string{"l1", "k"} {
+		want[name] = look(t, d)[name]
+	}
+	at := func(elem ...string) string { return filepath.Join(append([]string{root, "snapshots"}, elem...)...) }
+	// Sorted, a parent comes before its child: one round is not enough.
+	for _, name := range []string{"l2", "l3", "l4"} {
+		require.NoError(t, os.Rename(at("committed", name), at("trash", name+"~cKILLED")))
+	}
+	// This one was about to be refused: k is its child.
+	require.NoError(t, os.Rename(at("committed", "l1"), at("trash", "l1~cKILLED")))
+
+	again := openWith(t, snapshot.Native, root, &steps{})
+	require.NoError(t, again.Settle(t.Context()))
+	require.Equal(t, want, look(t, again))
+	pending, err := again.Pending(t.Context())
+	require.NoError(t, err)
+	var removed []string
+	for _, p := range pending {
+		if p.Kind == snapshot.PendingRemoval {
+			removed = append(removed, p.Key)
+		}
+	}
+	require.Equal(t, []string{"l2", "l3", "l4"}, removed)
+	for _, p := range pending {
+		if p.Key == "l2" {
+			require.NoError(t, again.Restore(t.Context(), p))
+		}
+	}
+	takeDown(t, again, root, look(t, again))
+}
+
+// Settle leaves alone what other calls are in the middle of.
+func TestSettleBesideOthers(t *testing.T) {
+	for name, op := range operations() {
+		t.Run(name, func(t *testing.T) {
+			root, s := scratch(t), &steps{}
+			d := openWith(t, snapshot.Native, root, s)
+			if name == "commit and rebase" {
+				return // this driver refuses it
+			}
+			scene(t, d, root)
+			other := openWith(t, snapshot.Native, clone(t, root), &steps{})
+			require.NoError(t, op.do(t.Context(), other))
+			settling := false
+			s.at = func(_ int, step string) error {
+				// Settling's own steps are not the operation's, and it would
+				// wait for an active key's lock, which these steps hold.
+				locked := slices.Contains([]string{"commit", "remove", "update"}, strings.Split(step, ".")[0])
+				if settling || locked {
+					return nil
+				}
+				settling = true
+				defer func() { settling = false }()
+				return d.Settle(context.Background())
+			}
+			require.NoError(t, op.do(t.Context(), d))
+			s.at = nil
+			require.Equal(t, look(t, other), look(t, d))
+			takeDown(t, d, root, look(t, d))
+		})
 	}
 }

@@ -32,6 +32,10 @@ type Driver interface {
 	// and removals whose bytes are still there.
 	Pending(ctx context.Context) ([]Pending, error)
 
+	// Committed lists the names of committed snapshots. Like Pending it goes
+	// by names alone: what a power cut left of a snapshot does not matter.
+	Committed(ctx context.Context) ([]string, error)
+
 	// Detach is the first step of a removal: key leaves the key space by one
 	// rename. It is refused with FailedPrecondition while another name has
 	// key as its parent, and is NotFound for an unknown key. Until Discard

@@ -203,6 +203,23 @@ func (t *tree) Pending(ctx context.Context) ([]Pending, error) {
 	return out, nil
 }
 
+// Committed implements Driver.
+func (t *tree) Committed(ctx context.Context) (keys []string, err error) {
+	names, err := t.list(dirCommitted)
+	if err != nil {
+		return nil, fmt.Errorf("committed: %w", err)
+	}
+	for _, name := range names {
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
+		}
+		if key, ok := t.keyOf(entry{dirCommitted, name}, true); ok {
+			keys = append(keys, key)
+		}
+	}
+	return keys, nil
+}
+
 // keyOf is the key of an entry, from its name or else from its info.
 func (t *tree) keyOf(e entry, sealed bool) (string, bool) {
 	name := e.name

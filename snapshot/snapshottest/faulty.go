@@ -18,7 +18,7 @@ import (
 type Call struct {
 	// Op is the method's name: "Stat", "Update", "Usage", "Mounts",
 	// "Prepare", "View", "Commit", "Remove", "Walk", "Close", "Cleanup",
-	// "Settle", "Pending", "Detach", "Discard", "Restore", "Mount", "Dir",
+	// "Settle", "Pending", "Committed", "Detach", "Discard", "Restore", "Mount", "Dir",
 	// "InUse" or "Sync".
 	Op string
 	// Key is the key that the call is about; empty for calls about the
@@ -295,6 +295,11 @@ func (f *Faulty) Cleanup(ctx context.Context) error {
 // Settle implements snapshot.Driver.
 func (f *Faulty) Settle(ctx context.Context) error {
 	return f.call(ctx, "Settle", "", "", func() error { return f.d.Settle(ctx) })
+}
+
+// Committed implements snapshot.Driver.
+func (f *Faulty) Committed(ctx context.Context) ([]string, error) {
+	return get(ctx, f, "Committed", "", func() ([]string, error) { return f.d.Committed(ctx) })
 }
 
 // Pending implements snapshot.Driver.

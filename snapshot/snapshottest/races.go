@@ -194,15 +194,14 @@ func anyName(names *sync.Map, rng *rand.Rand) string {
 }
 
 func testCleanupBesideDetach(t *testing.T, e *env) {
-	stop := make(chan struct{})
+	ctx, stop := context.WithCancel(e.ctx)
 	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer stop()
 	wg.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				assert.NoError(t, e.Cleanup(e.ctx))
+		for ctx.Err() == nil {
+			if err := e.Cleanup(ctx); ctx.Err() == nil {
+				assert.NoError(t, err)
 			}
 		}
 	})
@@ -214,7 +213,5 @@ func testCleanupBesideDetach(t *testing.T, e *env) {
 		require.True(t, errdefs.IsFailedPrecondition(e.Remove(e.ctx, "base")))
 		require.NoError(t, e.Remove(e.ctx, "k"))
 	}
-	close(stop)
-	wg.Wait()
 	e.requireTree(tree{"a": "1"}, "base")
 }
