@@ -46,14 +46,20 @@ type Driver interface {
 	// Repeating it is harmless.
 	Discard(ctx context.Context, p Pending) error
 
-	// Restore takes a removal back: the name is in the key space again.
+	// Restore takes a removal back: the name is in the key space again. It
+	// is FailedPrecondition if the parent was removed meanwhile (so parents
+	// are restored first), AlreadyExists if the key is taken again, and
+	// NotFound once Discard has begun.
 	Restore(ctx context.Context, p Pending) error
 
 	// Mount mounts the tree of key on the existing directory target: a
 	// writable mount for an active key unless readOnly is set, and always a
 	// read-only one for a committed key or a view. A key that Commit renames
 	// meanwhile is NotFound; the caller looks the new name up and tries
-	// again. The mount ends with Unmount.
+	// again. A writable mount of a key that InUse would report is
+	// FailedPrecondition, as is a stack deeper than Info().MaxDepth, in which
+	// the layer of an active key counts for read-only mounts. The mount ends
+	// with the system's unmount.
 	Mount(ctx context.Context, key, target string, readOnly bool) error
 
 	// Dir is the directory that holds the whole tree of key, for drivers
