@@ -28,6 +28,9 @@ const (
 	// FindingSnapshotParent: the snapshot's parent in the driver is not the
 	// snapshot of the record's parent.
 	FindingSnapshotParent = "snapshot-parent"
+	// FindingSnapshotDamaged: what the driver wrote down about some snapshots
+	// cannot be read. The message names them all.
+	FindingSnapshotDamaged = "snapshot-damaged"
 	// FindingSnapshotUnrecorded: a snapshot that no record and no handle of
 	// this process names.
 	FindingSnapshotUnrecorded = "snapshot-unrecorded"
@@ -107,7 +110,9 @@ func (c *checking) names(ctx context.Context) error {
 		found[info.Name] = info
 		return nil
 	})
-	if err != nil {
+	if is(err, errdefs.ErrDataLoss) {
+		c.report(Finding{Code: FindingSnapshotDamaged, Message: err.Error()})
+	} else if err != nil {
 		return err
 	}
 	for key, rec := range c.records {

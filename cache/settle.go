@@ -219,7 +219,7 @@ func (s *settling) judge(ctx context.Context, rec *metadata.Record) error {
 	m := s.m
 	if rec.State != metadata.Finalized {
 		if _, ok := s.active[rec.Key]; ok {
-			return nil
+			return s.judgeActive(ctx, rec)
 		}
 	}
 	if rec.State == metadata.Mutable {
@@ -242,11 +242,15 @@ func (s *settling) judge(ctx context.Context, rec *metadata.Record) error {
 	}
 	if _, ok := s.active[rec.Was]; ok && rec.State == metadata.Finalized {
 		m.log.Info("settled: lost rename repeated", "id", rec.ID)
-		if err := m.driver.Commit(ctx, string(rec.ID), rec.Was); err != nil {
-			return err
+		err := m.driver.Commit(ctx, string(rec.ID), rec.Was)
+		if is(err, errdefs.ErrDataLoss) {
+			s.doomed[rec.ID] = "its snapshot is damaged"
+			return nil
 		}
-		delete(s.active, rec.Was)
-		return nil
+		if err == nil {
+			delete(s.active, rec.Was)
+		}
+		return err
 	}
 	if rec.State == metadata.Finalized && rec.Key != string(rec.ID) {
 		// Adopted under a name of its own.
@@ -256,6 +260,20 @@ func (s *settling) judge(ctx context.Context, rec *metadata.Record) error {
 	}
 	s.doomed[rec.ID] = "its snapshot is gone"
 	return nil
+}
+
+// judgeActive looks at what a power cut left of a snapshot that has its name:
+// the driver may not know any more what it wrote down about it.
+func (s *settling) judgeActive(ctx context.Context, rec *metadata.Record) error {
+	if s.sameBoot {
+		return nil
+	}
+	_, err := s.m.driver.Stat(ctx, rec.Key)
+	if is(err, errdefs.ErrDataLoss) {
+		s.doomed[rec.ID] = "its snapshot is damaged"
+		return nil
+	}
+	return err
 }
 
 // dropDoomed removes the doomed records with all their descendants, leaf
@@ -419,7 +437,7 @@ func (s *settling) dropUnrecorded(ctx context.Context) error {
 		names = append(names, key)
 	}
 	if !s.sameBoot {
-		committed, err := m.committedNames(ctx)
+		committed, err := m.driver.Committed(ctx)
 		if err != nil {
 			return err
 		}
@@ -489,17 +507,6 @@ func (s *settling) dropNames(ctx context.Context, names []string) (kept []string
 		}
 		names = kept
 	}
-}
-
-// committedNames lists all committed snapshots of the driver.
-func (m *Manager) committedNames(ctx context.Context) (names []string, err error) {
-	err = m.driver.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
-		if info.Kind == snapshots.KindCommitted {
-			names = append(names, info.Name)
-		}
-		return nil
-	})
-	return names, err
 }
 
 // finish writes what was found in one transaction, and last the boot id, so
