@@ -356,6 +356,9 @@ type visit struct {
 }
 
 func (f *fetch) visitDir(rd *reader, v visit) error {
+	if len(v.path) > maxPath {
+		return failed("open", v.path[:maxName]+"...", unix.ENAMETOOLONG)
+	}
 	var ready bool
 	if !f.current(func() { ready = f.ready(v) }) {
 		return nil
