@@ -39,6 +39,10 @@ func TestMain(m *testing.M) {
 	if name := os.Getenv(envHelper); name != "" {
 		os.Exit(helpers[name](os.Args[1:]))
 	}
+	// Under the race detector each process sleeps for a second at its end.
+	if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
+		panic(err)
+	}
 	os.Exit(m.Run())
 }
 
@@ -210,7 +214,7 @@ func (p place) program(t *testing.T, helper string, args ...string) *exec.Cmd {
 	}
 	cmd := exec.Command(p.self, args...)
 	cmd.Dir = "/"
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), envHelper + "=" + helper}
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "GORACE=" + os.Getenv("GORACE"), envHelper + "=" + helper}
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	if p.user != os.Geteuid() {
@@ -266,6 +270,17 @@ func read(t *testing.T, path ...string) string {
 	text, err := os.ReadFile(filepath.Join(path...))
 	require.NoError(t, err)
 	return strings.TrimSuffix(string(text), "\n")
+}
+
+// finish waits for a program. One that does not end is made to say what it is
+// doing, and is a failure.
+func finish(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	kill := time.AfterFunc(patience+time.Second, func() { _ = cmd.Process.Kill() })
+	defer kill.Stop()
+	quit := time.AfterFunc(patience, func() { _ = cmd.Process.Signal(syscall.SIGQUIT) })
+	_ = cmd.Wait()
+	require.True(t, quit.Stop(), "the program does not end")
 }
 
 // eachWay runs a test with namespaces and without.

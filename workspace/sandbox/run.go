@@ -125,7 +125,7 @@ func initCommand(s *Spec, out *outputs, conn *os.File) (*exec.Cmd, error) {
 		// Not the path, which may name another program by now.
 		Path:       "/proc/self/exe",
 		Args:       []string{"lamina-init"},
-		Env:        []string{envStage + "=" + stageInit},
+		Env:        append(runtimeVariables(), envStage+"="+stageInit),
 		ExtraFiles: []*os.File{conn},
 		SysProcAttr: &syscall.SysProcAttr{
 			// Whatever a terminal or a shell sends to lamina's process group
@@ -162,6 +162,17 @@ func initCommand(s *Spec, out *outputs, conn *os.File) (*exec.Cmd, error) {
 		cmd.Stderr = stderr
 	}
 	return cmd, nil
+}
+
+// runtimeVariables are what Go's own runtime looks at, in init as well.
+func runtimeVariables() []string {
+	var env []string
+	for _, name := range []string{"GODEBUG", "GOTRACEBACK", "GORACE", "GOCOVERDIR"} {
+		if value, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+value)
+		}
+	}
+	return env
 }
 
 // same says whether two writers are equal; some types cannot be compared.

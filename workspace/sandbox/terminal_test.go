@@ -106,7 +106,7 @@ func TestInterruptFromTerminal(t *testing.T) {
 		c.expect(cmd, "ready")
 		c.typeKeys("\x03")
 		c.expect(cmd, "times")
-		_ = cmd.Wait()
+		finish(t, cmd)
 		require.Contains(t, c.seen.String(), "interrupted 1 times")
 		require.Contains(t, c.seen.String(), "a terminal", "a terminal stays one")
 		require.Equal(t, 130, cmd.ProcessState.ExitCode())
