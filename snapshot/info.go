@@ -126,29 +126,37 @@ func parseLine(line []byte) (s state, ok bool) {
 	return s, json.Unmarshal(body, &s) == nil
 }
 
-// parseLog returns the last valid line that counts.
-func parseLog(log []byte, sealed bool) (s state, ok bool) {
+// parseLog returns the last valid line that counts: of an active entry the last
+// one that is not sealed, of a committed one the sealed line. If a power cut
+// took that, while the rename that followed it is on the disk, the last line
+// of the active entry stands in: it says the same but for times, labels and
+// usage that the commit gave.
+func parseLog(log []byte, committed bool) (s state, ok bool) {
+	var last state
 	for len(log) > 0 {
 		var line []byte
 		log = bytes.TrimSuffix(log, []byte("\n"))
 		i := bytes.LastIndexByte(log, '\n')
 		log, line = log[:i+1], log[i+1:]
-		if s, ok := parseLine(line); ok && s.Sealed == sealed {
+		switch s, valid := parseLine(line); {
+		case valid && s.Sealed == committed:
 			return s, true
+		case valid && committed && !ok:
+			last, ok = s, true
 		}
 	}
-	return state{}, false
+	return last, ok
 }
 
 // readState reads an info log. A log without a line that counts is
 // errdefs.ErrDataLoss: entries get their first line before their name, so
 // only a power cut or a hand can bring it about.
-func readState(path string, sealed bool) (state, error) {
+func readState(path string, committed bool) (state, error) {
 	log, err := os.ReadFile(path)
 	if err != nil {
 		return state{}, err
 	}
-	s, ok := parseLog(log, sealed)
+	s, ok := parseLog(log, committed)
 	if !ok {
 		return state{}, fmt.Errorf("no valid line in %q: %w", path, errdefs.ErrDataLoss)
 	}

@@ -194,7 +194,18 @@ func (t *tree) load(key string) (entry, state, error) {
 }
 
 func (t *tree) stateOf(e entry) (state, error) {
-	return readState(filepath.Join(t.at(e), "info"), e.dir == dirCommitted)
+	s, err := readState(filepath.Join(t.at(e), "info"), e.dir == dirCommitted)
+	if err != nil || s.Sealed || e.dir != dirCommitted {
+		return s, err
+	}
+	// The sealed line is lost. It may have named another parent, to which a
+	// commit had moved the snapshot: the link tells at least whether there
+	// is one.
+	linked, err := exists(filepath.Join(t.at(e), "parent"))
+	if err == nil && linked != (s.Parent != "") {
+		err = fmt.Errorf("%s/%s has lost its parent's name: %w", e.dir, e.name, errdefs.ErrDataLoss)
+	}
+	return s, err
 }
 
 // free refuses a key that is taken.
