@@ -1,6 +1,7 @@
 package overlayfs
 
 import (
+	"errors"
 	"os"
 	"testing"
 
@@ -21,7 +22,7 @@ func eachClass(t *testing.T, f func(t *testing.T, s stack, user bool)) {
 func attribute(t *testing.T, user bool, path, name string) string {
 	t.Helper()
 	value, err := sysx.LGetxattr(path, xattr(user, name))
-	if err == unix.ENODATA {
+	if errors.Is(err, unix.ENODATA) {
 		return "(none)"
 	}
 	require.NoError(t, err)

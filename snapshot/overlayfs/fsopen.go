@@ -77,7 +77,8 @@ func newContext(filesystem string) (fsContext, error) {
 	return fsContext{fd}, nil
 }
 
-func (c fsContext) close() { unix.Close(c.fd) }
+// close drops the context; closing a descriptor of this kind loses nothing.
+func (c fsContext) close() { _ = unix.Close(c.fd) }
 
 // directories names the layers, bottom of the stack last.
 func (c fsContext) directories(l *layers) error {

@@ -94,7 +94,7 @@ func (m Mount) mountWith(target string, methods ...method) (err error) {
 			continue
 		case tried != nil:
 			// What the kernel lacked is text only: the last error decides.
-			err = fmt.Errorf("%w (without descriptors, because: %v)", err, errors.Join(tried...))
+			err = fmt.Errorf("%w (without descriptors, because: %s)", err, errors.Join(tried...).Error())
 		}
 		return withClass(err)
 	}
@@ -166,7 +166,7 @@ func (m Mount) open() (*layers, error) {
 func (l *layers) close() {
 	for _, fd := range append(l.lower, l.upper, l.work) {
 		if fd >= 0 {
-			unix.Close(fd)
+			_ = unix.Close(fd) // O_PATH: nothing to lose
 		}
 	}
 }

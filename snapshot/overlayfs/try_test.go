@@ -98,7 +98,7 @@ func init() {
 				return fmt.Errorf("an ordinary user cannot mount, but: %+v", support)
 			}
 			if names, err := os.ReadDir(args[0]); err != nil || len(names) > 0 {
-				return fmt.Errorf("left behind: %v %v", names, err)
+				return errors.Join(fmt.Errorf("left behind: %v", names), err)
 			}
 		}
 		return nil

@@ -119,7 +119,7 @@ func TestPreparationFails(t *testing.T) {
 		require.ErrorIs(t, err, syscall.ENOENT)
 		require.ErrorContains(t, err, "missing")
 		var start *StartError
-		require.False(t, errors.As(err, &start), "it is not the command that is missing")
+		require.NotErrorAs(t, err, &start, "it is not the command that is missing")
 		require.False(t, exists(p.fixed), "nothing has changed")
 
 		s.Source = p.dir + "/file"
