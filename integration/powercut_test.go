@@ -77,7 +77,7 @@ func inOwnMounts(t *testing.T) bool {
 		return true
 	}
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), marker+"=1")
+	cmd.Env = append(os.Environ(), marker+"=1", "LAMINA_TEST_BINARY="+laminaBinary)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread() // the thread that forks must live as long as the child
 	defer runtime.UnlockOSThread()
@@ -239,7 +239,7 @@ func (r *powerRig) work(clean bool) {
 	read, write, err := os.Pipe()
 	require.NoError(r, err)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestPowerWork$")
-	cmd.Env = append(os.Environ(), powerWorkEnv+"="+string(text))
+	cmd.Env = append(os.Environ(), powerWorkEnv+"="+string(text), "LAMINA_TEST_BINARY="+laminaBinary)
 	cmd.ExtraFiles = []*os.File{write}
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
