@@ -141,8 +141,13 @@ func (m *Manager) mountSnapshot(ctx context.Context, e *entry, target string, re
 	return m.byName(e, func(key string) error {
 		err := m.driver.Mount(ctx, key, target, readOnly)
 		if errors.Is(err, errdefs.ErrFailedPrecondition) && !readOnly {
-			if busy, perr := m.driver.InUse(ctx, key); perr == nil && busy {
+			busy, perr := m.driver.InUse(ctx, key)
+			if perr == nil && busy {
 				return errors.Join(&LockedError{ID: e.id, Holders: []Holder{{Kind: HolderWriter}}}, err)
+			}
+			if perr == nil {
+				// If it was a writer, it has left since.
+				return m.driver.Mount(ctx, key, target, readOnly)
 			}
 		}
 		return err
