@@ -104,4 +104,3 @@ func TestRunFlags(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, []string{"a,b", "c"}, exclude)
 }
-

@@ -24,7 +24,11 @@ reopened under another id (lamina exec --rw). The id stays, nothing is copied.`,
 		ValidArgsFunction: a.completeIDs(1),
 		Annotations:       map[string]string{annotateProbes: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			v, err := a.commit(cmd.Context(), args[0])
+			var v stateView
+			err := a.patiently(cmd.Context(), func() (err error) {
+				v, err = a.commit(cmd.Context(), args[0])
+				return err
+			})
 			if err != nil {
 				return err
 			}

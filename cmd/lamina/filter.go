@@ -2,7 +2,9 @@ package main
 
 import (
 	"fmt"
+	"regexp"
 	"strconv"
+	"strings"
 
 	"github.com/containerd/containerd/v2/pkg/filters"
 	"github.com/containerd/errdefs"
@@ -26,12 +28,65 @@ func parseFilter(texts []string) (func(*cache.Record) bool, error) {
 	if name := unknownField(f); name != "" {
 		return nil, fmt.Errorf("--filter: there is no field %q, but id, state, op, type, key, description, retained and labels.NAME: %w", name, errdefs.ErrInvalidArgument)
 	}
+	for _, text := range texts {
+		if err := checkRegexps(text); err != nil {
+			return nil, fmt.Errorf("--filter: %w: %w", err, errdefs.ErrInvalidArgument)
+		}
+	}
 	return func(rec *cache.Record) bool {
 		return f.Match(filters.AdapterFunc(func(path []string) (string, bool) {
 			value, set, _ := field(rec, path)
 			return value, set
 		}))
 	}, nil
+}
+
+// checkRegexps compiles what stands after ~= in a filter that the library took:
+// it would take a bad one for one that matches nothing.
+func checkRegexps(text string) error {
+	for text != "" {
+		end := quoted(text)
+		op, isRegexp := strings.CutPrefix(text, "~=")
+		switch {
+		case end > 0:
+			text = text[end:]
+			continue
+		case !isRegexp:
+			text = text[1:]
+			continue
+		}
+		text = strings.TrimSpace(op)
+		value := text
+		if end := quoted(text); end > 1 {
+			value = text[1 : end-1]
+			if text[0] == '"' {
+				value, _ = strconv.Unquote(text[:end])
+			}
+			text = text[end:]
+		} else {
+			value, text, _ = strings.Cut(text, ",")
+		}
+		if _, err := regexp.Compile(value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// quoted is the length of the quoted text that s begins with, or 0.
+func quoted(s string) int {
+	if s == "" || !strings.ContainsRune(`"/|`, rune(s[0])) {
+		return 0
+	}
+	for i := 1; i < len(s); i++ {
+		switch s[i] {
+		case '\\':
+			i++
+		case s[0]:
+			return i + 1
+		}
+	}
+	return 0
 }
 
 // field is what a filter sees of a record.

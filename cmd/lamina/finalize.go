@@ -23,7 +23,11 @@ record cannot be reopened, only continued in a child; the id stays.`,
 		ValidArgsFunction: a.completeIDs(1),
 		Annotations:       map[string]string{annotateProbes: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			v, err := a.finalize(cmd.Context(), args[0])
+			var v stateView
+			err := a.patiently(cmd.Context(), func() (err error) {
+				v, err = a.finalize(cmd.Context(), args[0])
+				return err
+			})
 			if err != nil {
 				return err
 			}

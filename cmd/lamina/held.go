@@ -54,7 +54,7 @@ func (a *app) take(ctx context.Context, arg string, write, count bool) (_ *held,
 		if err != nil {
 			return nil, err
 		}
-		h, err := keep(ctx, mut, func() (*cache.Mount, error) {
+		h, err := a.keep(ctx, mut, func() (*cache.Mount, error) {
 			return mut.Mount(ctx, cache.MountOptions{ReadOnly: !write})
 		})
 		if err != nil && mut.ID() != rec.ID {
@@ -66,15 +66,51 @@ func (a *app) take(ctx context.Context, arg string, write, count bool) (_ *held,
 	if err != nil {
 		return nil, err
 	}
-	h, err := keep(ctx, imm, func() (*cache.Mount, error) { return imm.Mount(ctx) })
+	h, err := a.keep(ctx, imm, func() (*cache.Mount, error) { return imm.Mount(ctx) })
 	return a.mounted(h, rec.ID, err)
 }
 
+// patiently repeats what meets the last processes of a command that was killed:
+// they die soon after it, not at once. It goes on for as long as one waits for
+// an open store.
+func (a *app) patiently(ctx context.Context, try func() error) error {
+	deadline := time.Now().Add(a.wait)
+	for {
+		err := try()
+		if !isLeftover(err) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(context.Cause(ctx), err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// isLeftover says whether a record is held by nobody but processes that are
+// about to die.
+func isLeftover(err error) bool {
+	var locked *cache.LockedError
+	if !errors.As(err, &locked) {
+		return false
+	}
+	for _, h := range locked.Holders {
+		if h.Kind != cache.HolderWriter {
+			return false
+		}
+	}
+	return len(locked.Holders) > 0
+}
+
 // keep mounts a record and turns its handle into a hold.
-func keep(ctx context.Context, ref heldRef, mount func() (*cache.Mount, error)) (*held, error) {
+func (a *app) keep(ctx context.Context, ref heldRef, mount func() (*cache.Mount, error)) (*held, error) {
 	h := &held{state: stateOf(ref.Record(), "")}
-	var err error
-	if h.mount, err = mount(); err != nil {
+	err := a.patiently(ctx, func() (err error) {
+		h.mount, err = mount()
+		return err
+	})
+	if err != nil {
 		return nil, errors.Join(err, ref.Release(ctx))
 	}
 	h.path = h.mount.Path()

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"slices"
+
 	"github.com/spf13/cobra"
 )
 
@@ -38,11 +40,14 @@ PATH in --out is relative to the workspace, DEST to the present directory; both
 may be files or directories. An output that the command did not make is an error.
 
 The command inherits the environment, and all of it counts, but for variables
-that name a session, such as TERM and SSH_AUTH_SOCK, and those of --ignore-env.
-Its standard input is /dev/null. No process of it outlives lamina.
+that name a session, such as TERM and SSH_AUTH_SOCK, and those of --ignore-env,
+where a name may end in *. Its standard input is /dev/null. No process of it
+outlives lamina. SPEC is SOURCE:TARGET[:ro]; it counts, but what is in SOURCE does
+not.
 
-With --json the last line of standard error is one object that says what was
-done, and why.`,
+Two runs of one key take turns, unless --no-wait is given; runs of different keys
+do not wait for each other. With --json the last line of standard error is one
+object that says what was done, and why.`,
 		Args:        cobra.ArbitraryArgs,
 		Annotations: map[string]string{annotateMounts: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -51,6 +56,8 @@ done, and why.`,
 				return usagef(cmd, "--key is missing")
 			case cmd.Flags().Changed("src") && o.src == "":
 				return usagef(cmd, "--src is empty")
+			case slices.Contains(o.ignoreEnv, ""):
+				return usagef(cmd, "--ignore-env is empty")
 			case len(args) == 0 || args[0] == "":
 				return usagef(cmd, "which command? It stands after --")
 			}

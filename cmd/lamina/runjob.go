@@ -35,6 +35,11 @@ func (a *app) run(ctx context.Context, cmd *cobra.Command, o runOptions) error {
 	if err != nil {
 		return usage(cmd, err)
 	}
+	if job.Source != "" {
+		if err := a.mayRead(job.Source); err != nil {
+			return fmt.Errorf("--src: %w", err)
+		}
+	}
 	progress := &syncProgress{a: a}
 	job.Progress = progress.update
 	job.OnStart = func(why []string) {

@@ -92,6 +92,9 @@ func (a *app) options(root string) cache.Options {
 		OnWait:      a.sayWaiting,
 		// Close writes the uses; there is no time for a timer.
 		FlushInterval: -1,
+		// run syncs beside its command what earlier ones left, and
+		// "lamina sync" does it at once.
+		SyncInterval: -1,
 		Logger:        a.logger(),
 	}
 	if o.LockTimeout == 0 {

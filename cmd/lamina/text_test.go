@@ -66,6 +66,9 @@ func TestFilter(t *testing.T) {
 		"state!=committed":            false,
 		"op==layer":                   true,
 		"type~=^exec":                 true,
+		`type~="^exec\\."`:            true,
+		"type~=/^(exec|x)/":           true,
+		`description=="a~=("`:         false,
 		"key==app":                    true,
 		"key":                         true,
 		`description=="two words"`:    true,
@@ -90,7 +93,7 @@ func TestFilter(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, keep(rec), "several filters mean or")
 
-	for _, bad := range []string{"colour==red", "id==id1,colour", "labels", "labels.a.b==c", "state=", "==x"} {
+	for _, bad := range []string{"colour==red", "id==id1,colour", "labels", "labels.a.b==c", "state=", "==x", "id~=(", `id==x,type~="a("`, "key~=/[/", "id~=a,key~=b)"} {
 		_, err := parseFilter([]string{bad})
 		require.Error(t, err, bad)
 	}
