@@ -92,7 +92,9 @@ func unusable(t *testing.T, driver string) string {
 	if cmd.Run() == nil {
 		return ""
 	}
-	var v struct{ Error struct{ Class, Message string } }
+	var v struct {
+		Error struct{ Class, Message string }
+	}
 	require.NoError(t, json.Unmarshal([]byte(lastLine(stderr.String())), &v), stderr.String())
 	require.Equal(t, "not_implemented", v.Error.Class, v.Error.Message)
 	return v.Error.Message
