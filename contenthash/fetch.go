@@ -65,7 +65,7 @@ func (t *Tree) borrow(ctx context.Context) *reader {
 	if !ok {
 		r = newReader()
 	}
-	r.done = ctx.Done()
+	r.done, r.now = ctx.Done(), t.now
 	return r
 }
 

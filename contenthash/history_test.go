@@ -36,6 +36,7 @@ func TestHistories(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		n++
 		h := &history{T: rt, dir: filepath.Join(dir, strconv.Itoa(n)), tree: contenthash.New()}
+		h.tree.SetPageTarget(smallPages)
 		must(rt, os.Mkdir(h.dir, 0o755))
 		defer os.RemoveAll(h.dir)
 		h.run()
@@ -48,6 +49,9 @@ func must(t *rapid.T, err error) {
 		t.Fatalf("%v", err)
 	}
 }
+
+// smallPages holds two or three entries.
+const smallPages = 200
 
 // history is one run of changes.
 type history struct {
@@ -68,11 +72,11 @@ const (
 )
 
 func (h *history) run() {
-	for range rapid.IntRange(1, 12).Draw(h.T, "steps") {
+	for range rapid.IntRange(1, 16).Draw(h.T, "steps") {
 		switch what := rapid.IntRange(0, 19).Draw(h.T, "what"); what {
 		case 0, 1:
 			h.turn()
-		case 2:
+		case 2, 6:
 			h.reload()
 		case 3, 4, 5:
 			h.check(h.path())
@@ -128,6 +132,7 @@ func (h *history) reload() {
 	tree, err := contenthash.Load(h.stored)
 	must(h.T, err)
 	h.tree = tree
+	h.tree.SetPageTarget(smallPages)
 	if h.session != quiet {
 		h.tree.Unconfirm()
 	}

@@ -41,8 +41,9 @@ const (
 	// enough that a key-value store does not mind the number of them, small
 	// enough that one changed file costs little.
 	pageTarget = 16 << 10
-	// pageSmall is the size below which a page is joined with the next one.
-	pageSmall = pageTarget / 8
+	// A page that is smaller than one in pageSmall parts of that is joined with
+	// the next one.
+	pageSmall = 8
 	// entrySize is about what an entry takes beside its name and link.
 	entrySize = 64
 )
@@ -133,7 +134,7 @@ func (t *Tree) savePages(s *Saved) {
 			}
 			w.found, w.size = w.found[:0], 0
 			w.walk(t.root, nil)
-			if w.last || w.size >= pageSmall {
+			if w.last || w.size >= t.pageTarget/pageSmall {
 				break
 			}
 			i++ // too small: take in the next one
@@ -155,7 +156,7 @@ func (t *Tree) cut(s *Saved, out []page, p page, w *walker) []page {
 	}
 	for first := true; first || len(entries) > 0; first = false {
 		n, size := 0, 0
-		for n < len(entries) && (n == 0 || size < pageTarget) {
+		for n < len(entries) && (n == 0 || size < t.pageTarget) {
 			size += entries[n].size()
 			n++
 		}

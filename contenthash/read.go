@@ -65,7 +65,6 @@ const bufSize = 128 << 10
 
 func newReader() *reader {
 	return &reader{
-		now:   func() int64 { return time.Now().UnixNano() },
 		hash:  sha256.New(),
 		buf:   make([]byte, bufSize),
 		head:  make([]byte, 0, 512),

@@ -103,4 +103,76 @@ func TestStoredPages(t *testing.T) {
 	third, err := contenthash.Load(m)
 	require.NoError(t, err)
 	require.Equal(t, got, sum(t, third, "/nowhere", "/", contenthash.Options{}))
+	for _, dir25 := range []string{"dir02", "dir03", "dir03/sub0003", "dir04"} {
+		require.Equal(t, fresh(t, dir, dir25), sum(t, third, "/nowhere", dir25, contenthash.Options{}))
+	}
+}
+
+// Facts that were validated one by one are stored as such, and those that were
+// not are not trusted for it.
+func TestPartlyConfirmed(t *testing.T) {
+	for _, pages := range []int{500, 1 << 20} {
+		save := pages == 500
+		t.Run(fmt.Sprintf("pages of %d", pages), func(t *testing.T) {
+			dir := t.TempDir()
+			manyFiles(t, dir, 6, 30)
+			tree := contenthash.New()
+			tree.SetPageTarget(pages)
+			sum(t, tree, dir, "/", contenthash.Options{})
+			m := memory{}
+			if save {
+				m.save(tree)
+			}
+			tree.Unconfirm()
+			changed := "dir01/sub0001/file20"
+			require.NoError(t, os.WriteFile(filepath.Join(dir, changed), []byte("secret"), 0o644))
+			tree.Seal()
+			// Looks at the directories around, and at one file.
+			sum(t, tree, dir, "dir01/sub0001/file03", contenthash.Options{})
+			sum(t, tree, dir, "dir02", contenthash.Options{})
+			require.False(t, tree.Confirmed())
+			m.save(tree)
+
+			loaded, err := contenthash.Load(m)
+			require.NoError(t, err)
+			require.Equal(t, fresh(t, dir, "dir02"), sum(t, loaded, "/nowhere", "dir02/", contenthash.Options{}), "needs no file")
+			for _, p := range []string{changed, "dir01/sub0001", "dir01", "/"} {
+				require.Equal(t, fresh(t, dir, p), sum(t, loaded, dir, p, contenthash.Options{}), p)
+			}
+			require.True(t, loaded.Confirmed())
+		})
+	}
+}
+
+// What a tree loses, its pages lose.
+func TestPagesShrink(t *testing.T) {
+	dir := t.TempDir()
+	manyFiles(t, dir, 8, 50)
+	tree := contenthash.New()
+	tree.SetPageTarget(1000)
+	sum(t, tree, dir, "/", contenthash.Options{})
+	m := memory{}
+	m.save(tree)
+	full := len(m)
+	require.Greater(t, full, 20)
+	for d := range 7 {
+		p := fmt.Sprintf("dir%02d", d)
+		require.NoError(t, os.RemoveAll(filepath.Join(dir, p)))
+		require.NoError(t, tree.HandleChange(contenthash.Change{Kind: contenthash.Delete, Path: p}))
+		m.save(tree)
+		loaded, err := contenthash.Load(m)
+		require.NoError(t, err)
+		require.Equal(t, fresh(t, dir, "/"), sum(t, loaded, dir, "/", contenthash.Options{}))
+	}
+	require.LessOrEqual(t, len(m), full/8+2)
+	manyFiles(t, dir, 3, 50)
+	for _, name := range []string{"dir00", "dir01", "dir02"} {
+		require.NoError(t, tree.HandleChange(contenthash.Change{Kind: contenthash.Add, Path: name, Mode: os.ModeDir}))
+	}
+	want := sum(t, tree, dir, "/", contenthash.Options{})
+	m.save(tree)
+	loaded, err := contenthash.Load(m)
+	require.NoError(t, err)
+	require.Equal(t, want, sum(t, loaded, "/nowhere", "/", contenthash.Options{}))
+	require.Equal(t, fresh(t, dir, "/"), want)
 }

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 )
 
 // Tree is what is known of the files of one snapshot: which there are, their
@@ -20,6 +21,10 @@ type Tree struct {
 	busy chan struct{}
 	// workers is how many goroutines read files at once. Fixed.
 	workers int
+	// pageTarget is the size of stored pages, now the clock in nanoseconds.
+	// Fixed; tests choose others.
+	pageTarget int
+	now        func() int64
 	// readers are the buffers of workers that are not at work.
 	readers sync.Pool
 
@@ -48,7 +53,12 @@ type Tree struct {
 
 // New returns a tree that knows nothing.
 func New() *Tree {
-	t := &Tree{busy: make(chan struct{}, 1), workers: defaultWorkers()}
+	t := &Tree{
+		busy:       make(chan struct{}, 1),
+		workers:    defaultWorkers(),
+		pageTarget: pageTarget,
+		now:        func() int64 { return time.Now().UnixNano() },
+	}
 	t.reset()
 	return t
 }
