@@ -24,6 +24,11 @@ import (
 // probes call it free. The caller keeps mounts and probes of one directory
 // apart. Of two mounts with one upper, only the first is seen.
 //
+// A mount namespace that was made while the directory was mounted holds a copy
+// of the mount, and unmounting it elsewhere does not always reach that copy.
+// The directory is in use then until that namespace ends, too. So mount where
+// nobody else makes namespaces: in a mount namespace of one's own.
+//
 // Needs CAP_SYS_ADMIN in the user namespace of the caller's mount namespace;
 // without it the error is errdefs.ErrPermissionDenied. A directory that does
 // not exist is errdefs.ErrNotFound.

@@ -89,8 +89,8 @@ func enterMount() error {
 			if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 				return fmt.Errorf("unshare: %w", err)
 			}
-			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-				return fmt.Errorf("make mounts private: %w", err)
+			if err := makePrivate(); err != nil {
+				return err
 			}
 			env := append(os.Environ(), fmt.Sprintf("%s=%s:%d", envStage, stageMount, os.Getpid()))
 			// Not the path, which may name another program by now.
@@ -98,4 +98,20 @@ func enterMount() error {
 		}()
 	}()
 	return <-failed
+}
+
+// makePrivate cuts the mounts of this namespace off from those outside: what
+// the host mounts is still seen here, what is mounted here is not seen there.
+//
+// Among themselves they are shared, with the namespaces that [Run] makes: each
+// of those starts as a copy of all that is mounted here. Without it, what is
+// unmounted here would stay mounted in every sandbox that is still running,
+// and its upper directory in use.
+func makePrivate() error {
+	for _, propagation := range []uintptr{unix.MS_SLAVE, unix.MS_SHARED} {
+		if err := unix.Mount("", "/", "", unix.MS_REC|propagation, ""); err != nil {
+			return fmt.Errorf("make mounts private: %w", err)
+		}
+	}
+	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/snapshot/overlayfs"
 )
 
 func itoa(n int) string { return strconv.Itoa(n) }
@@ -330,4 +333,77 @@ func TestOverlayInNamespace(t *testing.T) {
 			p.requireNoMount(t)
 		})
 	}
+}
+
+// A sandbox that is still running does not keep what another one used.
+func TestUnmountedWhileOthersRun(t *testing.T) {
+	needRoot(t)
+	for name, user := range map[string]int{"root": 0, "ordinary user": someUser} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlace(t, user)
+			cmd := p.program(t, "two", p.dir+"/own")
+			out, err := cmd.Output()
+			require.NoError(t, err, string(out))
+			p.requireNoMount(t)
+		})
+	}
+}
+
+func init() {
+	helpers["two"] = func(args []string) int {
+		if err := two(Enter(), args[0]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 99
+		}
+		return 0
+	}
+}
+
+// two runs a command in an overlay while another one runs in another, and
+// wants its own upper directory back.
+func two(ns Namespace, dir string) error {
+	var uppers, trees []string
+	for _, name := range []string{"one", "other"} {
+		own := dir + "/" + name
+		for _, sub := range []string{"/lower", "/upper", "/work", "/merged"} {
+			if err := os.MkdirAll(own+sub, 0o755); err != nil {
+				return err
+			}
+		}
+		m := overlayfs.Mount{Lower: []string{own + "/lower"}, Upper: own + "/upper", Work: own + "/work", UserXattr: ns.User, Volatile: true}
+		if err := m.Mount(own + "/merged"); err != nil {
+			return err
+		}
+		uppers, trees = append(uppers, m.Upper), append(trees, own+"/merged")
+	}
+	run := func(i int, script string) error {
+		exit, err := Run(background(), Spec{
+			Args: []string{"sh", "-c", script}, Env: os.Environ(),
+			Dir: fmt.Sprint(dir, "/fixed", i), Source: trees[i], Private: ns.Private,
+		})
+		if err == nil && exit != (Exit{}) {
+			err = fmt.Errorf("script %q: %+v", script, exit)
+		}
+		return err
+	}
+	fifo := dir + "/fifo"
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- run(1, "echo running > "+fifo+"; read line < "+fifo) }()
+	if _, err := os.ReadFile(fifo); err != nil { // it runs, with copies of both mounts
+		return err
+	}
+	if err := run(0, "touch done"); err != nil {
+		return err
+	}
+	if err := unix.Unmount(trees[0], 0); err != nil {
+		return err
+	}
+	busy, err := overlayfs.InUse(uppers[0])
+	if err == nil && busy {
+		err = errors.New("what was unmounted is still in use")
+	}
+	return errors.Join(err, os.WriteFile(fifo, []byte("go\n"), 0), <-ended)
 }

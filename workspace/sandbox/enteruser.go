@@ -102,8 +102,8 @@ func startInUserNamespace() (*exec.Cmd, *os.File, error) {
 // ends. The parent then does without.
 func confirm() {
 	answer := os.NewFile(connection, "answer")
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-		fmt.Fprintf(answer, "mount in a user namespace: %v", err)
+	if err := makePrivate(); err != nil {
+		fmt.Fprintf(answer, "user namespace: %v", err)
 		os.Exit(1)
 	}
 	_, err := answer.WriteString(confirmed)

@@ -20,6 +20,7 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // envHelper makes the test binary play a program that uses the sandbox.
@@ -126,8 +127,11 @@ func init() {
 
 func needRoot(t *testing.T) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root for namespaces and for changing the user")
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var have [2]unix.CapUserData
+	require.NoError(t, unix.Capget(&header, &have[0]))
+	if os.Geteuid() != 0 || have[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
+		t.Skip("needs root with CAP_SYS_ADMIN for namespaces and for changing the user")
 	}
 }
 
