@@ -102,6 +102,7 @@ func (r *MutableRef) commit(ctx context.Context, o CommitOptions) (*ImmutableRef
 		return nil, fmt.Errorf("commit record %s: %w", short(e.id), err)
 	}
 
+	m.syncer.committed()
 	m.lock()
 	defer m.unlock()
 	m.publishLocked(e, rec)

@@ -130,6 +130,7 @@ func (m *Manager) swap(ctx context.Context, e *entry) (*Record, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.syncer.committed()
 	m.lock()
 	delete(m.unswapped, e.id)
 	delete(m.written, rec.Was)

@@ -116,7 +116,7 @@ func (w *world) tryOpen() error {
 	d, err := w.kind.open(w.root)
 	require.NoError(w, err)
 	w.driver = snapshottest.NewFaulty(d)
-	o := cache.Options{Root: w.root, Driver: w.driver, BootID: w.boot}
+	o := cache.Options{Root: w.root, Driver: w.driver, BootID: w.boot, SyncInterval: -1}
 	if w.opts != nil {
 		w.opts(&o)
 	}

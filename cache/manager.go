@@ -39,6 +39,7 @@ type Manager struct {
 	step      func(string) error
 	marks     *marks
 	pool      *pool
+	syncer    *syncer
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -55,7 +56,9 @@ type Manager struct {
 	orphans map[string]snapshot.Pending
 	// leftover says that the next open has something to settle.
 	leftover bool
-	closed   bool
+	// broken refuses all changes: a sync has failed.
+	broken error
+	closed bool
 	// running counts operations that Close waits for.
 	running sync.WaitGroup
 }
@@ -106,6 +109,7 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 		}
 		return nil, errors.Join(err, store.Close())
 	}
+	m.startSyncer(o.SyncInterval)
 	return m, nil
 }
 
@@ -274,15 +278,23 @@ func (m *Manager) beginChange() (end func(), err error) {
 	if m.readOnly {
 		return nil, fmt.Errorf("store %s is open read-only: %w", m.root, errdefs.ErrFailedPrecondition)
 	}
+	m.lock()
+	broken := m.broken
+	m.unlock()
+	if broken != nil {
+		return nil, broken
+	}
 	return m.begin()
 }
 
 // Close waits for the operations that are under way, ends this manager's
-// mounts that nobody detached, writes the gathered use counts and releases the
+// mounts that nobody detached, syncs what is not on the disk yet unless that was
+// left to callers, writes the gathered use counts and releases the
 // store. Handles that are still out become invalid: their records stay,
 // mutables without a record are removed by the next Open. Closing twice is
 // harmless.
 func (m *Manager) Close() error {
+	m.syncer.end()
 	m.lock()
 	if m.closed {
 		m.unlock()

@@ -60,6 +60,10 @@ type Options struct {
 	// Command is what others are told about this process, os.Args if empty.
 	Command string
 
+	// SyncInterval is how long committed data may wait until a sync in the
+	// background writes it to the disk and marks it durable; Close does the
+	// rest. DefaultSyncInterval if zero; negative leaves it to Sync.
+	SyncInterval time.Duration
 	// PrivateMounts says that the process is in a mount namespace that dies
 	// with it: its mounts need no cleaning after a kill.
 	PrivateMounts bool

@@ -19,6 +19,8 @@ type Unsynced struct {
 	list []revision
 	sync func(context.Context) error
 	done bool
+	// err is why the data must be taken as lost.
+	err error
 }
 
 // revision names one state of a record: what was learnt about it is void when
@@ -63,16 +65,20 @@ func (m *Manager) Unsynced(ctx context.Context) (*Unsynced, error) {
 }
 
 // Sync writes the data of the listed records to the disk. It needs neither the
-// store nor the manager that made the list to be open. After an error the data
-// must be taken as lost.
+// store nor the manager that made the list to be open. If the disk fails, the
+// data must be taken as lost: hand the list to MarkSynced all the same, which
+// then says so in the store.
 func (u *Unsynced) Sync(ctx context.Context) error {
-	if len(u.list) > 0 {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if u.err == nil && !u.done && len(u.list) > 0 {
 		if err := u.sync(ctx); err != nil {
-			return fmt.Errorf("sync snapshots: %w", err)
+			u.err = fmt.Errorf("sync snapshots: %w", err)
 		}
 	}
 	u.done = true
-	return nil
+	return u.err
 }
 
 // syncAlone syncs the file system of dir, also when the driver, which has a
@@ -83,10 +89,7 @@ func syncAlone(dir string) (func(context.Context) error, error) {
 	if err != nil {
 		return nil, err
 	}
-	return func(ctx context.Context) error {
-		if ctx.Err() != nil {
-			return errors.Join(context.Cause(ctx), f.Close())
-		}
+	return func(context.Context) error {
 		if err := unix.Syncfs(int(f.Fd())); err != nil {
 			return errors.Join(&os.PathError{Op: "syncfs", Path: dir, Err: err}, f.Close())
 		}
@@ -104,6 +107,9 @@ func (m *Manager) MarkSynced(ctx context.Context, u *Unsynced) (int, error) {
 	defer end()
 	if !u.done {
 		return 0, fmt.Errorf("the list was not synced: %w", errdefs.ErrFailedPrecondition)
+	}
+	if u.err != nil {
+		return 0, m.syncFailed(ctx, u.err)
 	}
 	if len(u.list) == 0 {
 		return 0, nil
@@ -150,7 +156,7 @@ func (m *Manager) Sync(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := u.Sync(ctx); err != nil {
+	if err := u.Sync(ctx); err != nil && u.err == nil {
 		return 0, err
 	}
 	return m.MarkSynced(ctx, u)

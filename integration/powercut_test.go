@@ -137,7 +137,7 @@ type powerRig struct {
 }
 
 func optionsOn(dir string, boot int) cache.Options {
-	return cache.Options{Root: filepath.Join(dir, "store"), BootID: fmt.Sprintf("boot %d", boot)}
+	return cache.Options{Root: filepath.Join(dir, "store"), BootID: fmt.Sprintf("boot %d", boot), SyncInterval: -1}
 }
 
 func openOn(t testing.TB, dir string, boot int) *cache.Manager {

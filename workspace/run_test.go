@@ -60,7 +60,7 @@ func forDrivers(t *testing.T, fn func(b *bench)) {
 }
 
 func (b *bench) open(ctx context.Context, readOnly bool) (*cache.Manager, error) {
-	return cache.Open(ctx, cache.Options{Root: b.root, ReadOnly: readOnly, DriverName: b.driver, LockTimeout: 10 * time.Second})
+	return cache.Open(ctx, cache.Options{Root: b.root, ReadOnly: readOnly, DriverName: b.driver, LockTimeout: 10 * time.Second, SyncInterval: -1})
 }
 
 // look runs fn with the store open.

@@ -17,7 +17,7 @@ func Opener() bench.Opener {
 	return bench.Opener{
 		Name: bench.Ours,
 		Open: func(ctx context.Context, dir string) (bench.Subject, error) {
-			m, err := cache.Open(ctx, cache.Options{Root: dir})
+			m, err := cache.Open(ctx, cache.Options{Root: dir, SyncInterval: -1})
 			if err != nil {
 				return nil, err
 			}
