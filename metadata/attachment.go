@@ -48,6 +48,7 @@ func (tx *Tx) SetAttachment(id ID, name string, data []byte) error {
 	if err != nil {
 		return err
 	}
+	tx.creates = true
 	if r.attachments == 0 {
 		n, err := tx.sequence(bucketAttachment)
 		if err != nil {

@@ -39,9 +39,11 @@ func (s *Store) finish(tx *Tx, batch []*call, withUses bool) error {
 			}
 		}
 		if tx.staleTotals {
-			return tx.rebuildTotals()
+			if err := tx.rebuildTotals(); err != nil {
+				return err
+			}
 		}
-		return nil
+		return s.makeRoom(tx)
 	}()
 	if err != nil {
 		tx.rollback()
@@ -63,6 +65,9 @@ func (s *Store) finish(tx *Tx, batch []*call, withUses bool) error {
 			s.updates.Add(1)
 		}
 	}
+	if !closing {
+		s.compactSoon(int64(tx.tree.used))
+	}
 	return nil
 }
 
@@ -77,15 +82,16 @@ func (s *Store) commit(tx *Tx, closing bool) error {
 		tx.rollback()
 		return ioError("commit", err)
 	}
-	s.db.NoFreelistSync = !closing && s.transactions.Load() >= freelistTxs
+	h := tx.handle
+	h.db.NoFreelistSync = !closing && s.transactions.Load() >= freelistTxs
 	txid := uint64(tx.tx.ID())
 	err := s.commitBolt(tx)
-	tx.done = true
+	tx.end()
 	if err == nil {
-		s.freelistStored = !s.db.NoFreelistSync
+		s.freelistStored = !h.db.NoFreelistSync
 		return nil
 	}
-	if !s.wedged.Load() && s.untouched(txid) {
+	if !s.wedged.Load() && h.untouched(txid) {
 		return ioError("commit", err)
 	}
 	return s.breakDown(fmt.Errorf("%w: %w", ErrUnknownOutcome, ioError("commit", err)))
@@ -107,7 +113,7 @@ func (s *Store) commitBolt(tx *Tx) (err error) {
 // its meta page. Reads and writes of the file meet in the page cache, so a
 // page that still has its old content was not written, and nothing can bring
 // it to the disk later.
-func (s *Store) untouched(txid uint64) bool {
-	m, err := readMeta(s.file, int64(txid%2)*s.pageSize)
+func (h *handle) untouched(txid uint64) bool {
+	m, err := readMeta(h.file, int64(txid%2)*h.pageSize)
 	return err == nil && m.txid < txid
 }

@@ -58,18 +58,19 @@ type logger struct{ bolt.Logger }
 
 func hook(t *testing.T, s *Store) *faultyDisk {
 	t.Helper()
-	fd := int(s.file.Fd())
+	h := s.now.Load()
+	fd := int(h.file.Fd())
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 	require.NoError(t, err)
 	var pipe [2]int
 	require.NoError(t, unix.Pipe2(pipe[:], unix.O_CLOEXEC))
 	require.NoError(t, unix.Close(pipe[1]))
-	d := &faultyDisk{t: t, real: os.NewFile(uintptr(dup), s.path), other: pipe[0], fd: fd, meta: 2 * s.pageSize}
+	d := &faultyDisk{t: t, real: os.NewFile(uintptr(dup), s.path), other: pipe[0], fd: fd, meta: 2 * h.pageSize}
 	t.Cleanup(func() {
 		require.NoError(t, d.real.Close())
 		require.NoError(t, unix.Close(d.other))
 	})
-	db := reflect.ValueOf(s.db).Elem()
+	db := reflect.ValueOf(h.db).Elem()
 	*(*func([]byte, int64) (int, error))(unsafe.Pointer(db.FieldByName("ops").FieldByName("writeAt").UnsafeAddr())) = d.writeAt
 	*(*bolt.Logger)(unsafe.Pointer(db.FieldByName("logger").UnsafeAddr())) = d
 	return d
@@ -77,8 +78,12 @@ func hook(t *testing.T, s *Store) *faultyDisk {
 
 // arm makes the next commit fail.
 func (d *faultyDisk) arm(f *fault, err error) {
+	if d.armed != nil && d.armed.at == "grow" {
+		require.NoError(d.t, unix.Dup3(int(d.real.Fd()), d.fd, unix.O_CLOEXEC))
+	}
 	d.armed, d.err, d.pages, d.hit = f, err, 0, false
 	if f != nil && f.at == "grow" {
+		d.hit = true
 		d.divert()
 	}
 }
@@ -112,7 +117,7 @@ func (d *faultyDisk) Debugf(string, ...any) {}
 
 // Errorf is called when something failed; the disk is well from there on.
 func (d *faultyDisk) Errorf(string, ...any) {
-	if d.armed != nil && (d.armed.at == "grow" || strings.HasSuffix(d.armed.at, "sync")) {
+	if d.armed != nil && strings.HasSuffix(d.armed.at, "sync") {
 		d.hit = true
 		require.NoError(d.t, unix.Dup3(int(d.real.Fd()), d.fd, unix.O_CLOEXEC))
 	}
@@ -347,7 +352,8 @@ func requirePages(t *testing.T, path string) {
 	require.NoError(t, err)
 	m, err := newestMeta(f)
 	require.NoError(t, err)
-	require.NoError(t, walkPages(f, m))
+	_, err = walkPages(fileSource{f}, m)
+	require.NoError(t, err)
 	require.NoError(t, f.Close())
 	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, PreLoadFreelist: true})
 	require.NoError(t, err)
@@ -449,7 +455,7 @@ func TestDiskCutUnderneath(t *testing.T) {
 		}
 		return nil
 	}))
-	require.NoError(t, os.Truncate(path, 4*s.pageSize))
+	require.NoError(t, os.Truncate(path, 4*s.now.Load().pageSize))
 	err = s.View(t.Context(), func(tx *Tx) error {
 		n := 0
 		for range tx.Records() {

@@ -2,7 +2,6 @@ package metadata
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -158,6 +157,9 @@ func create(ctx context.Context, path string, w *lockWait) error {
 	}
 	db, err := fill(f, w.opts)
 	if err == nil {
+		err = writeSeal(f)
+	}
+	if err == nil {
 		err = publish(tmp, path, w.opts)
 	}
 	if err != nil {
@@ -186,7 +188,7 @@ func fill(f *os.File, o Options) (*bolt.DB, error) {
 	}
 	db.AllocSize = growStep
 	return db, db.Update(func(b *bolt.Tx) error {
-		return (&Tx{tx: b}).init(o.Now())
+		return newTx(nil, nil, b).init(o.Now())
 	})
 }
 
@@ -247,25 +249,20 @@ func readMeta(f *os.File, at int64) (boltMeta, error) {
 	if _, err := f.ReadAt(b[:], at); err != nil {
 		return boltMeta{}, fmt.Errorf("%w: %w", errNoMeta, err)
 	}
-	e, p := binary.NativeEndian, b[boltHeader:]
-	if e.Uint32(p) != boltMagic {
-		return boltMeta{}, errNoMeta
-	}
+	return decodeBoltMeta(b[boltHeader:])
+}
+
+func metaSum(p []byte) uint64 {
 	h := fnv.New64a()
 	h.Write(p[:boltMetaSize-8])
-	if e.Uint32(p[4:]) != boltVersion || e.Uint64(p[56:]) != h.Sum64() {
-		return boltMeta{}, errBadMeta
-	}
-	return boltMeta{
-		pageSize: e.Uint32(p[8:]), root: e.Uint64(p[16:]), freelist: e.Uint64(p[32:]),
-		used: e.Uint64(p[40:]), txid: e.Uint64(p[48:]),
-	}, nil
+	return h.Sum64()
 }
 
 // inspect looks at the length of the file and its meta pages before bbolt
 // maps it: a page that is missing raises SIGBUS there. It returns the meta
-// page that bbolt will go by.
-func inspect(f *os.File) (boltMeta, error) {
+// page that bbolt will go by. One that was damaged is restored, where the file
+// may be written.
+func inspect(f *os.File, readOnly bool) (boltMeta, error) {
 	info, err := f.Stat()
 	if err != nil {
 		return boltMeta{}, err
@@ -276,7 +273,7 @@ func inspect(f *os.File) (boltMeta, error) {
 	if info.Size() == 0 {
 		return boltMeta{}, fmt.Errorf("file is empty: %w", ErrDamaged)
 	}
-	m, err := newestMeta(f)
+	m, s, sealed, damaged, err := newest(f)
 	if err != nil {
 		return boltMeta{}, err
 	}
@@ -287,7 +284,19 @@ func inspect(f *os.File) (boltMeta, error) {
 	if outside(m.root) || (m.freelist != boltNoFreelist && outside(m.freelist)) {
 		return boltMeta{}, fmt.Errorf("meta page points outside of the file: %w", ErrDamaged)
 	}
-	return m, nil
+	if readOnly {
+		if damaged {
+			err = errDamagedMeta(m)
+		}
+		return m, err
+	}
+	if err := prepare(f, m, s, sealed); err != nil {
+		return boltMeta{}, err
+	}
+	if damaged {
+		err = ioError("restore the meta page", s.restore(f))
+	}
+	return m, err
 }
 
 // newestMeta finds the meta page that bbolt will go by. The second one lies

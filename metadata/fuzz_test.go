@@ -55,7 +55,7 @@ func FuzzIndexKeys(f *testing.F) {
 	s, err := Open(f.Context(), filepath.Join(f.TempDir(), "s.db"), Options{FlushInterval: -1})
 	require.NoError(f, err)
 	f.Cleanup(func() { require.NoError(f, s.Close()) })
-	s.db.NoSync = true
+	s.now.Load().db.NoSync = true
 	undo := errors.New("undo")
 	f.Fuzz(func(t *testing.T, a, b, c string) {
 		keys := map[ID]string{"1": a, "2": b, "3": c}

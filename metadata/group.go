@@ -32,6 +32,9 @@ type call struct {
 	fn    func(*Tx) error
 	flush bool // gathered uses are to be written even if nothing else is
 	close bool // the last call of a store
+	// alone, if set, runs instead of fn while nobody writes, in no
+	// transaction of the store.
+	alone func() error
 
 	wake  chan struct{} // has room for one; sent at leading and at settled
 	phase phase
@@ -250,6 +253,14 @@ func (l *leader) dropAll(err error) {
 
 // run settles the whole batch. Uses ride along if withUses says so.
 func (l *leader) run(withUses bool) {
+	for _, c := range slices.Clone(l.batch) {
+		if c.alone != nil {
+			l.current = c
+			err := c.alone()
+			l.current = nil
+			l.drop(c, err)
+		}
+	}
 	for _, c := range slices.Clone(l.batch) {
 		if err := context.Cause(c.ctx); err != nil {
 			l.drop(c, err)

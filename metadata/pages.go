@@ -7,176 +7,196 @@ import (
 	"io"
 )
 
-// bbolt's pages, as far as a walk has to know them: a header of page id,
+// bbolt's pages, as far as a reader has to know them: a header of page id,
 // flags, count of elements, and number of overflow pages behind it (8, 2, 2,
 // 4 bytes), then elements of 16 bytes. A branch element is the position of
 // its key, counted from the element, the length of the key and the page below
 // (4, 4, 8 bytes). A leaf element is flags, position, length of key and of
 // value (4 bytes each); where the flag says so, the value is a bucket: root
 // page and sequence (8 bytes each), and, if the root is 0, the bucket's only
-// page.
+// page. A page of free pages has their ids (8 bytes each) behind the header;
+// where the count is 65535, the first of them is the count.
+//
+// bbolt believes its pages. One that leads back to itself makes it recurse
+// until the process ends, which no recover can stop. So every page is looked
+// at here before bbolt, or anybody, goes by it.
 const (
-	pageBranch  = 1
-	pageLeaf    = 2
-	leafBucket  = 1
-	elementSize = 16
+	pageBranch   = 1
+	pageLeaf     = 2
+	pageMeta     = 4
+	pageFreelist = 16
+	leafBucket   = 1
+	elementSize  = 16
+	manyFree     = 0xffff
 )
 
-// walkPages looks at the structure of every page that can be reached, without
-// believing any of it: ids, bounds, the order of keys, and that no page is
-// reached twice. It reads the whole file.
-func walkPages(r io.ReaderAt, m boltMeta) error {
-	w := &pageWalk{r: r, m: m, seen: make([]bool, m.used)}
-	w.push(subtree{page: m.root})
-	for len(w.todo) > 0 && w.err == nil {
-		t := w.todo[len(w.todo)-1]
-		w.todo = w.todo[:len(w.todo)-1]
-		w.page(t)
-	}
-	return w.err
+// badPage is a page that cannot be what it should be.
+func badPage(id uint64, format string, args ...any) *DamagedError {
+	return &DamagedError{Bucket: "database page", Key: fmt.Sprint(id), Reason: fmt.Sprintf(format, args...)}
 }
 
-// subtree is a page and the range of the keys in and below it: from is in the
-// range, to is not, nil is no bound.
-type subtree struct {
-	page     uint64
-	from, to []byte
+// source gives the bytes of a file: of its memory map, or read.
+type source interface {
+	bytes(at, n uint64) ([]byte, error)
 }
 
-type pageWalk struct {
-	r    io.ReaderAt
-	m    boltMeta
-	seen []bool
-	todo []subtree
-	err  error
+// mapSource is a file in memory. What it gives points into the map.
+type mapSource []byte
+
+func (m mapSource) bytes(at, n uint64) ([]byte, error) {
+	if at > uint64(len(m)) || n > uint64(len(m))-at {
+		return nil, io.ErrUnexpectedEOF
+	}
+	return m[at : at+n : at+n], nil
 }
 
-func (w *pageWalk) fail(id uint64, format string, args ...any) {
-	if w.err == nil {
-		w.err = &DamagedError{Bucket: "database page", Key: fmt.Sprint(id), Reason: fmt.Sprintf(format, args...)}
-	}
+// fileSource reads.
+type fileSource struct{ r io.ReaderAt }
+
+func (f fileSource) bytes(at, n uint64) ([]byte, error) {
+	b := make([]byte, n)
+	_, err := f.r.ReadAt(b, int64(at))
+	return b, err
 }
 
-// push marks a page, or reports that it cannot be one.
-func (w *pageWalk) push(t subtree) {
-	switch {
-	case t.page < 2 || t.page >= w.m.used:
-		w.fail(t.page, "it lies outside of the file")
-	case w.seen[t.page]:
-		w.fail(t.page, "it is reached twice")
-	default:
-		w.seen[t.page] = true
-		w.todo = append(w.todo, t)
-	}
+// page is a branch or a leaf whose elements all lie inside of it.
+type page struct {
+	id    uint64
+	flags uint16
+	count int
+	more  uint64 // pages behind it that belong to it
+	b     []byte
 }
 
-func (w *pageWalk) page(t subtree) {
-	header := make([]byte, boltHeader)
-	at := int64(t.page) * int64(w.m.pageSize)
-	if _, err := w.r.ReadAt(header, at); err != nil {
-		w.fail(t.page, "%v", err)
-		return
+func (p *page) isBranch() bool { return p.flags == pageBranch }
+
+func (p *page) element(i int) []byte {
+	at := boltHeader + i*elementSize
+	return p.b[at : at+elementSize]
+}
+
+// bounds says where the key of an element is, and how long it and its value
+// are.
+func (p *page) bounds(i int) (at, klen, vlen uint64) {
+	e, el := binary.NativeEndian, p.element(i)
+	at = uint64(boltHeader + i*elementSize)
+	if p.isBranch() {
+		return at + uint64(e.Uint32(el)), uint64(e.Uint32(el[4:])), 0
 	}
-	more := uint64(binary.NativeEndian.Uint32(header[12:]))
-	if t.page+more >= w.m.used {
-		w.fail(t.page, "it has %d pages behind it", more)
-		return
+	return at + uint64(e.Uint32(el[4:])), uint64(e.Uint32(el[8:])), uint64(e.Uint32(el[12:]))
+}
+
+func (p *page) key(i int) []byte {
+	at, n, _ := p.bounds(i)
+	return p.b[at : at+n : at+n]
+}
+
+// value is that of a leaf; nested says that it is a bucket.
+func (p *page) value(i int) (v []byte, nested bool) {
+	at, k, n := p.bounds(i)
+	return p.b[at+k : at+k+n : at+k+n], binary.NativeEndian.Uint32(p.element(i))&leafBucket != 0
+}
+
+// below is the page that an element of a branch leads to.
+func (p *page) below(i int) uint64 { return binary.NativeEndian.Uint64(p.element(i)[8:]) }
+
+// check looks at the elements: that they lie in the page, that keys grow, and
+// that they are in the range that the page above says. from is in the range,
+// to is not, nil is no bound.
+func (p *page) check(from, to []byte) error {
+	table := uint64(boltHeader + p.count*elementSize)
+	if table > uint64(len(p.b)) || (p.isBranch() && p.count == 0) {
+		return badPage(p.id, "it has %d elements", p.count)
 	}
-	for o := t.page + 1; o <= t.page+more; o++ {
-		if w.seen[o] {
-			w.fail(o, "it is reached twice")
-			return
+	var last []byte
+	for i := range p.count {
+		at, klen, vlen := p.bounds(i)
+		if end := at + klen + vlen; at < table || end > uint64(len(p.b)) {
+			return badPage(p.id, "element %d is from %d to %d", i, at, end)
 		}
-		w.seen[o] = true
+		k := p.b[at : at+klen]
+		if i > 0 && bytes.Compare(k, last) <= 0 {
+			return badPage(p.id, "element %d is out of order", i)
+		}
+		last = k
 	}
-	if have := binary.NativeEndian.Uint64(header); have != t.page {
-		w.fail(t.page, "it says that it is page %d", have)
-		return
+	if p.count > 0 && from != nil && bytes.Compare(p.key(0), from) < 0 ||
+		p.count > 0 && to != nil && bytes.Compare(last, to) >= 0 {
+		return badPage(p.id, "its keys are not those that the page above it says")
 	}
-	b := make([]byte, (more+1)*uint64(w.m.pageSize))
-	if _, err := w.r.ReadAt(b, at); err != nil {
-		w.fail(t.page, "%v", err)
-		return
-	}
-	w.elements(t, b, false)
+	return nil
 }
 
-// elements looks at the elements of a page, or of one inside a value.
-func (w *pageWalk) elements(t subtree, b []byte, inline bool) {
+// parse reads the header of a page that lies in b as a whole.
+func parse(id uint64, b []byte) page {
 	e := binary.NativeEndian
-	flags, count := e.Uint16(b[8:]), int(e.Uint16(b[10:]))
-	if (flags != pageBranch || inline) && flags != pageLeaf {
-		w.fail(t.page, "it has the flags %#x", flags)
-		return
-	}
-	if boltHeader+count*elementSize > len(b) || (flags == pageBranch && count == 0) {
-		w.fail(t.page, "it has %d elements", count)
-		return
-	}
-	var last *subtree
-	for i := range count {
-		at := uint64(boltHeader + i*elementSize)
-		el := b[at : at+elementSize]
-		pos, klen, vlen := at, uint64(0), uint64(0)
-		if flags == pageBranch {
-			pos, klen = at+uint64(e.Uint32(el)), uint64(e.Uint32(el[4:]))
-		} else {
-			pos, klen, vlen = at+uint64(e.Uint32(el[4:])), uint64(e.Uint32(el[8:])), uint64(e.Uint32(el[12:]))
-		}
-		if end := pos + klen + vlen; end > uint64(len(b)) {
-			w.fail(t.page, "element %d ends at %d", i, end)
-			return
-		}
-		key := b[pos : pos+klen]
-		if !w.ordered(t, last, i, key) {
-			return
-		}
-		if last != nil {
-			last.to = key
-			w.pushBranch(flags, *last)
-		}
-		last = &subtree{from: key, to: t.to}
-		if flags == pageBranch {
-			last.page = e.Uint64(el[8:])
-		} else if e.Uint32(el)&leafBucket != 0 {
-			w.bucket(t.page, b[pos+klen:pos+klen+vlen])
-		}
-	}
-	if last != nil {
-		w.pushBranch(flags, *last)
-	}
+	return page{id: id, flags: e.Uint16(b[8:]), count: int(e.Uint16(b[10:])), b: b}
 }
 
-func (w *pageWalk) pushBranch(flags uint16, t subtree) {
-	if flags == pageBranch {
-		w.push(t)
-	}
-}
-
-// ordered says whether a key is where it has to be.
-func (w *pageWalk) ordered(t subtree, last *subtree, i int, key []byte) bool {
-	switch {
-	case t.from != nil && bytes.Compare(key, t.from) < 0,
-		t.to != nil && bytes.Compare(key, t.to) >= 0,
-		last != nil && bytes.Compare(key, last.from) <= 0:
-		w.fail(t.page, "element %d is out of order", i)
-		return false
-	}
-	return true
-}
-
-func (w *pageWalk) bucket(id uint64, v []byte) {
+// nestedBucket undoes the value of a bucket. A small bucket has its only page
+// in there.
+func nestedBucket(id uint64, v []byte) (root, sequence uint64, inline *page, err error) {
 	if len(v) < 16 {
-		w.fail(id, "a bucket has %d bytes", len(v))
-		return
+		return 0, 0, nil, badPage(id, "a bucket has %d bytes", len(v))
 	}
-	if root := binary.NativeEndian.Uint64(v); root != 0 {
-		w.push(subtree{page: root})
-		return
+	root, sequence = binary.NativeEndian.Uint64(v), binary.NativeEndian.Uint64(v[8:])
+	if root != 0 {
+		return root, sequence, nil, nil
 	}
 	if len(v) < 16+boltHeader {
-		w.fail(id, "a bucket has %d bytes", len(v))
-		return
+		return 0, 0, nil, badPage(id, "a bucket has %d bytes", len(v))
 	}
-	w.elements(subtree{page: id}, v[16:], true)
+	p := parse(id, v[16:])
+	if p.flags != pageLeaf {
+		return 0, 0, nil, badPage(id, "a bucket in it has the flags %#x", p.flags)
+	}
+	return 0, sequence, &p, p.check(nil, nil)
+}
+
+// freePages reads the list of free pages: whose ids grow, lie in the file,
+// and are not those of the list itself.
+func freePages(src source, m boltMeta) ([]uint64, error) {
+	b, err := freelistBytes(src, m)
+	if err != nil {
+		return nil, err
+	}
+	e := binary.NativeEndian
+	count, at := uint64(e.Uint16(b[10:])), uint64(boltHeader)
+	if count == manyFree {
+		if len(b) < boltHeader+8 {
+			return nil, badPage(m.freelist, "it ends early")
+		}
+		count, at = e.Uint64(b[at:]), at+8
+	}
+	if count > (uint64(len(b))-at)/8 {
+		return nil, badPage(m.freelist, "it lists %d free pages", count)
+	}
+	ids := make([]uint64, count)
+	own := uint64(len(b)) / uint64(m.pageSize)
+	for i := range ids {
+		id := e.Uint64(b[at+uint64(i)*8:])
+		if id < 2 || id >= m.used || (i > 0 && id <= ids[i-1]) || (id >= m.freelist && id < m.freelist+own) {
+			return nil, badPage(m.freelist, "free page %d is out of order", id)
+		}
+		ids[i] = id
+	}
+	return ids, nil
+}
+
+// freelistBytes are the pages of the list of free pages.
+func freelistBytes(src source, m boltMeta) ([]byte, error) {
+	size := uint64(m.pageSize)
+	b, err := src.bytes(m.freelist*size, boltHeader)
+	if err != nil {
+		return nil, badPage(m.freelist, "%v", err)
+	}
+	e := binary.NativeEndian
+	more := uint64(e.Uint32(b[12:]))
+	if have := e.Uint64(b); have != m.freelist || e.Uint16(b[8:]) != pageFreelist || m.freelist+more >= m.used {
+		return nil, badPage(m.freelist, "it is no list of free pages")
+	}
+	if b, err = src.bytes(m.freelist*size, (more+1)*size); err != nil {
+		return nil, badPage(m.freelist, "%v", err)
+	}
+	return b, nil
 }

@@ -5,14 +5,17 @@ import (
 	"fmt"
 	"iter"
 	"runtime/debug"
+	"unsafe"
 
 	bolt "go.etcd.io/bbolt"
 )
 
-// This file is the only way to the rows. bbolt answers a damaged page with a
-// panic, and reads of a file that was cut behind our back fault: both become
-// errors here, so that what is above need not know of them. What is returned
-// is a copy; bbolt's own slices point into the memory map.
+// This file is the only way to the rows. Those that are read come from our own
+// look at the pages (see tree), those that are written go through bbolt, after
+// the same look at each page that it will go by. bbolt answers what is still
+// wrong with a panic, and reads of a file that was cut behind our back fault:
+// both become errors here, so that what is above need not know of them. What
+// is returned is a copy; pages are in the memory map.
 
 // guard runs a few calls of bbolt. In a writing transaction a failure
 // spoils the whole transaction, since bbolt may have stopped half way.
@@ -42,47 +45,84 @@ func (tx *Tx) fail(err error) {
 	}
 }
 
+// newTx wraps a transaction of bbolt.
+func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
+	size := b.DB().Info().PageSize
+	t := &tree{pageSize: uint64(size), used: uint64(b.Size()) / uint64(size), root: uint64(b.Cursor().Bucket().Root())}
+	t.src = mapped(b)
+	if b.Writable() {
+		t.checked = map[uint64]struct{}{}
+	}
+	return &Tx{store: s, handle: h, tx: b, tree: t}
+}
+
+// mapped is the part of the memory map that the transaction sees. It stands
+// until the transaction ends, or commits.
+func mapped(b *bolt.Tx) mapSource {
+	info := b.DB().Info()
+	// The field is an address outside of Go's heap.
+	at := *(*unsafe.Pointer)(unsafe.Pointer(&info.Data))
+	return unsafe.Slice((*byte)(at), b.Size())
+}
+
 // get returns a copy of the value; ok is false if there is none.
 func (tx *Tx) get(bucket string, key []byte) (value []byte, ok bool, err error) {
-	err = tx.guard("read "+bucket, func() error {
-		if b := tx.tx.Bucket([]byte(bucket)); b != nil {
-			if v := b.Get(key); v != nil {
-				value, ok = bytes.Clone(v), true
-			}
-		}
-		return nil
-	})
+	err = tx.find(bucket, key, func(v []byte) { value, ok = bytes.Clone(v), true })
 	return value, ok, err
 }
 
 func (tx *Tx) has(bucket string, key []byte) (ok bool, err error) {
-	err = tx.guard("read "+bucket, func() error {
+	err = tx.find(bucket, key, func([]byte) { ok = true })
+	return ok, err
+}
+
+// find calls found with the value of a row, which is not a copy. A writing
+// transaction sees what it has written, and so has to ask bbolt.
+func (tx *Tx) find(bucket string, key []byte, found func([]byte)) error {
+	return tx.guard("read "+bucket, func() error {
+		if !tx.tx.Writable() {
+			v, ok, err := tx.tree.get(bucket, key)
+			if ok {
+				found(v)
+			}
+			return err
+		}
+		if err := tx.tree.look(bucket, key, false); err != nil {
+			return err
+		}
 		if b := tx.tx.Bucket([]byte(bucket)); b != nil {
-			ok = b.Get(key) != nil
+			if v := b.Get(key); v != nil {
+				found(v)
+			}
 		}
 		return nil
 	})
-	return ok, err
 }
 
 // put writes a row. Any error fails the transaction: rows of one change
 // must not be written in part.
 func (tx *Tx) put(bucket string, key, value []byte) error {
 	tx.writes++
-	return tx.change("write "+bucket, bucket, func(b *bolt.Bucket) error { return b.Put(key, value) })
+	n := int64(len(key) + len(value))
+	tx.putBytes, tx.largest = tx.putBytes+n, max(tx.largest, n)
+	return tx.change("write "+bucket, bucket, key, func(b *bolt.Bucket) error { return b.Put(key, value) })
 }
 
 // remove deletes a row, if it is there. Errors as for put.
 func (tx *Tx) remove(bucket string, key []byte) error {
 	tx.writes++
-	return tx.change("remove from "+bucket, bucket, func(b *bolt.Bucket) error { return b.Delete(key) })
+	return tx.change("remove from "+bucket, bucket, key, func(b *bolt.Bucket) error { return b.Delete(key) })
 }
 
-func (tx *Tx) change(what, bucket string, f func(*bolt.Bucket) error) error {
+// change changes a row, or with a nil key what is kept with the bucket.
+func (tx *Tx) change(what, bucket string, key []byte, f func(*bolt.Bucket) error) error {
 	if !tx.tx.Writable() {
 		return fmt.Errorf("%s: transaction only reads: %w", what, ErrReadOnly)
 	}
 	err := tx.guard(what, func() error {
+		if err := tx.tree.look(bucket, key, true); err != nil {
+			return err
+		}
 		b, err := tx.tx.CreateBucketIfNotExists([]byte(bucket))
 		if err != nil {
 			return err
@@ -98,13 +138,21 @@ func (tx *Tx) change(what, bucket string, f func(*bolt.Bucket) error) error {
 
 // makeBucket makes sure that a bucket exists.
 func (tx *Tx) makeBucket(bucket string) error {
-	return tx.change("make "+bucket, bucket, func(*bolt.Bucket) error { return nil })
+	return tx.change("make "+bucket, bucket, nil, func(*bolt.Bucket) error { return nil })
 }
 
 // sequence is the number that bbolt keeps in a bucket's header, where it
 // costs no page of its own.
 func (tx *Tx) sequence(bucket string) (n uint64, err error) {
 	err = tx.guard("read "+bucket, func() error {
+		if !tx.tx.Writable() {
+			b, _, err := tx.tree.bucket(bucket)
+			n = b.sequence
+			return err
+		}
+		if err := tx.tree.look(bucket, nil, false); err != nil {
+			return err
+		}
 		if b := tx.tx.Bucket([]byte(bucket)); b != nil {
 			n = b.Sequence()
 		}
@@ -115,31 +163,35 @@ func (tx *Tx) sequence(bucket string) (n uint64, err error) {
 
 func (tx *Tx) setSequence(bucket string, n uint64) error {
 	tx.writes++
-	return tx.change("number "+bucket, bucket, func(b *bolt.Bucket) error { return b.SetSequence(n) })
+	return tx.change("number "+bucket, bucket, nil, func(b *bolt.Bucket) error { return b.SetSequence(n) })
 }
 
-// rootKeys lists the names at the top of the file.
+// rootKeys lists the names at the top of the file, as it was when the
+// transaction began.
 func (tx *Tx) rootKeys() (map[string]bool, error) {
 	names := map[string]bool{}
 	err := tx.guard("list buckets", func() error {
-		c := tx.tx.Cursor()
-		for k, _ := c.First(); k != nil; k, _ = c.Next() {
-			names[string(k)] = true
+		c := treeCursor{t: tx.tree, root: bucketRoot{page: tx.tree.root}}
+		ok, err := c.seek(nil)
+		for ; ok && err == nil; ok, err = c.next() {
+			names[string(c.key())] = true
 		}
-		return nil
+		return err
 	})
 	return names, err
 }
 
-// cursor walks a bucket in the order of its keys. In a writing transaction
-// it finds its place again at each step, since bbolt's cursors do not
-// survive changes.
+// cursor walks a bucket in the order of its keys. What it returns is a copy.
 type cursor struct {
 	tx     *Tx
 	bucket string
-	c      *bolt.Cursor
-	last   []byte
 	err    error
+
+	// reads is where it is in a transaction that reads.
+	reads treeCursor
+	// In a writing transaction it finds its place again at each step, from
+	// the last key, since bbolt's cursors do not survive changes.
+	last []byte
 }
 
 func (tx *Tx) cursor(bucket string) *cursor { return &cursor{tx: tx, bucket: bucket} }
@@ -147,49 +199,73 @@ func (tx *Tx) cursor(bucket string) *cursor { return &cursor{tx: tx, bucket: buc
 // seek moves to the first row whose key is not less than key. A nested
 // bucket, which does not belong here, has a nil value.
 func (c *cursor) seek(key []byte) (k, v []byte, ok bool) {
-	return c.step(func() ([]byte, []byte) { return c.c.Seek(key) }, nil)
+	return c.step(func() (bool, error) {
+		if c.reads.t == nil {
+			b, ok, err := c.tx.tree.bucket(c.bucket)
+			if err != nil || !ok {
+				return false, err
+			}
+			c.reads = treeCursor{t: c.tx.tree, root: b}
+		}
+		return c.reads.seek(key)
+	}, func(b *bolt.Cursor) ([]byte, []byte) { return b.Seek(key) }, key)
 }
 
-// next moves on. Keys out of order mean a damaged page; stopping there keeps
-// a walk from going in circles.
+// next moves on.
 func (c *cursor) next() (k, v []byte, ok bool) {
-	return c.step(func() ([]byte, []byte) {
-		if !c.tx.tx.Writable() {
-			return c.c.Next()
-		}
-		k, v := c.c.Seek(c.last)
+	return c.step(c.reads.next, func(b *bolt.Cursor) ([]byte, []byte) {
+		k, v := b.Seek(c.last)
 		if bytes.Equal(k, c.last) {
-			k, v = c.c.Next()
+			k, v = b.Next()
 		}
 		return k, v
 	}, c.last)
 }
 
-func (c *cursor) step(move func() ([]byte, []byte), after []byte) (k, v []byte, ok bool) {
-	err := c.tx.guard("walk "+c.bucket, func() error {
-		if c.c == nil {
-			b := c.tx.tx.Bucket([]byte(c.bucket))
-			if b == nil {
-				return nil
+// step moves by reads, or by bbolt's cursor in a writing transaction.
+func (c *cursor) step(read func() (bool, error), write func(*bolt.Cursor) ([]byte, []byte), from []byte) (k, v []byte, ok bool) {
+	c.err = c.tx.guard("walk "+c.bucket, func() (err error) {
+		if !c.tx.tx.Writable() {
+			if ok, err = read(); !ok || err != nil {
+				return err
 			}
-			c.c = b.Cursor()
-		}
-		bk, bv := move()
-		if bk == nil {
+			value, nested := c.reads.value()
+			if k = bytes.Clone(c.reads.key()); !nested {
+				v = bytes.Clone(value)
+			}
 			return nil
 		}
-		k, v, ok = bytes.Clone(bk), bytes.Clone(bv), true
+		if err := c.look(from); err != nil {
+			return err
+		}
+		b := c.tx.tx.Bucket([]byte(c.bucket))
+		if b == nil {
+			return nil
+		}
+		if bk, bv := write(b.Cursor()); bk != nil {
+			k, v, ok = bytes.Clone(bk), bytes.Clone(bv), true
+		}
 		return nil
 	})
-	if err == nil && ok && after != nil && bytes.Compare(k, after) <= 0 {
-		err = &DamagedError{Bucket: c.bucket, Key: string(k), Reason: "keys are out of order"}
-	}
-	if err != nil {
-		c.err = err
+	if c.err != nil {
 		return nil, nil, false
 	}
 	c.last = k
 	return k, v, ok
+}
+
+// look checks the pages that bbolt goes by from a key to the row behind it.
+func (c *cursor) look(key []byte) error {
+	b, ok, err := c.tx.tree.bucket(c.bucket)
+	if err != nil || !ok {
+		return err
+	}
+	at := treeCursor{t: c.tx.tree, root: b}
+	ok, err = at.seek(key)
+	if ok && bytes.Equal(at.key(), key) {
+		_, err = at.next()
+	}
+	return err
 }
 
 // scan walks the rows whose keys have the prefix. It has no way to return an

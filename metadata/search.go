@@ -197,7 +197,7 @@ func (tx *Tx) Records() iter.Seq2[*Record, error] {
 			}
 			r, err := decodeRecord(ID(k), v)
 			if err == nil {
-				tx.store.uses.addPending(r, tx.tx.ID())
+				tx.store.uses.addPending(r, tx.serial())
 			}
 			if !yield(r, err) {
 				return

@@ -32,9 +32,6 @@ const (
 	// that outgrows it is mapped anew, for which a writer waits until no
 	// reader is left; address space costs nothing.
 	mapSize = 1 << 30
-	// growStep is by how much the file grows, in bytes. Growing costs one
-	// sync.
-	growStep = 1 << 20
 )
 
 // Options say how to open a store. The zero value is good for a daemon.
@@ -67,7 +64,9 @@ type Options struct {
 	// name, and what it returns fails the step as if the disk had. It lets
 	// tests stop at each point and fail each one. Steps: "create file",
 	// "create rename", "create sync", "tx begin", "tx commit", "close
-	// commit".
+	// commit", and those of a compaction: "compact file", "compact copy" (each
+	// part), "compact data", "compact commit", "compact rename", "compact
+	// sync".
 	Step func(name string) error
 }
 
@@ -96,12 +95,20 @@ type Store struct {
 	// Fixed after Open.
 	path string
 	opts Options
-	file *os.File
-	db   *bolt.DB
 	ids  *ids
 	uses *uses
-	// pageSize is bbolt's, in bytes.
-	pageSize int64
+
+	// now is the file that the store is in. Only compaction changes it, as
+	// a leader does.
+	now atomic.Pointer[handle]
+	// compacting has room for the one compaction that runs.
+	compacting chan struct{}
+	// background are the compactions that nobody waits for but Close.
+	background sync.WaitGroup
+
+	retiredMu sync.Mutex
+	// retired are former files, guarded by retiredMu.
+	retired []*handle
 
 	stopFlusher func()
 	closing     sync.Once
@@ -111,6 +118,10 @@ type Store struct {
 
 	// Guarded by leading: only the leader of a group touches them.
 	freelistStored bool
+	room           room
+	// compactAt is the number of transactions before which none is compacted
+	// for, after a compaction that failed.
+	compactAt uint64
 
 	// wedged says that bbolt kept one of its locks when it failed, so that
 	// its Close would never return.
@@ -119,6 +130,8 @@ type Store struct {
 	transactions atomic.Uint64
 	updates      atomic.Uint64
 	flushErr     atomic.Pointer[error]
+	compactions  atomic.Uint64
+	compactErr   atomic.Pointer[error]
 }
 
 // brokenError is why a store refuses everything.
@@ -143,6 +156,9 @@ func Open(ctx context.Context, path string, o Options) (*Store, error) {
 		return nil, errors.Join(err, closeFile(f))
 	}
 	if !o.ReadOnly {
+		// What somebody left who was killed while compacting. One that cannot
+		// be removed costs space, and is in nobody's way.
+		_ = removeIfThere(compactFile(path))
 		writeHolder(path, Holder{PID: os.Getpid(), Command: printableCommand(o.Command), Since: time.Now()})
 		s.startFlusher()
 	}
@@ -152,25 +168,19 @@ func Open(ctx context.Context, path string, o Options) (*Store, error) {
 // openLocked opens a file that this process has the lock of. If it fails,
 // the file is still open, or closed by bbolt.
 func openLocked(path string, f *os.File, o Options) (*Store, error) {
-	m, err := inspect(f)
+	m, err := inspect(f, o.ReadOnly)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	if !o.ReadOnly && m.freelist == boltNoFreelist {
-		// bbolt is going to walk all pages for the free ones, in a goroutine
-		// of its own, where a damaged page would end the process.
-		if err := walkPages(f, m); err != nil {
-			return nil, fmt.Errorf("open %s: %w", path, err)
-		}
 	}
 	db, err := openBolt(f, o)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	s := &Store{
-		path: path, opts: o, file: f, db: db, uses: newUses(),
-		pageSize: int64(m.pageSize), freelistStored: m.freelist != boltNoFreelist,
+		path: path, opts: o, uses: newUses(), compacting: make(chan struct{}, 1),
+		freelistStored: m.freelist != boltNoFreelist,
 	}
+	s.now.Store(newHandle(f, db, int64(m.pageSize), 0))
 	var greatest uint64
 	err = s.view(func(tx *Tx) error {
 		if err := checkSchema(tx); err != nil {
@@ -207,8 +217,31 @@ func openBolt(f *os.File, o Options) (db *bolt.DB, err error) {
 	if err != nil {
 		return nil, ioError("bbolt", err)
 	}
-	db.AllocSize = growStep
+	setGrowth(db, o)
 	return db, nil
+}
+
+// openBoltFresh makes a database in an empty file. Nothing is synced until the
+// caller says so.
+func openBoltFresh(f *os.File, o Options, pageSize int) (*bolt.DB, error) {
+	db, err := bolt.Open(f.Name(), 0o600, &bolt.Options{
+		Timeout: time.Millisecond, PageSize: pageSize, FreelistType: bolt.FreelistMapType,
+		NoSync: true, NoGrowSync: true, NoFreelistSync: true,
+		InitialMmapSize: mapSize, MaxSize: o.MaxSize,
+		OpenFile: func(string, int, os.FileMode) (*os.File, error) { return f, nil },
+	})
+	if err != nil {
+		return nil, ioError("bbolt", err)
+	}
+	setGrowth(db, o)
+	return db, nil
+}
+
+func setGrowth(db *bolt.DB, o Options) {
+	db.AllocSize = growStep
+	if o.MaxSize > 0 {
+		db.AllocSize = 0 // bbolt would want room for one step more
+	}
 }
 
 // checkSchema tells our files from others, and those that we understand.
@@ -297,20 +330,26 @@ func (s *Store) begin(writable bool) (tx *Tx, err error) {
 			err = s.breakDown(recovered("begin", p))
 		}
 	}()
-	b, err := s.db.Begin(writable)
+	h := s.handle()
+	defer func() {
+		if tx == nil {
+			h.drop()
+		}
+	}()
+	b, err := h.db.Begin(writable)
 	if errors.Is(err, berrors.ErrDatabaseNotOpen) {
 		return nil, ErrClosed
 	}
 	if err != nil {
 		return nil, ioError("begin transaction", err)
 	}
-	return &Tx{store: s, tx: b}, nil
+	return newTx(s, h, b), nil
 }
 
 // rollback ends a transaction that nothing becomes of. It may be called
 // after a commit.
 func (tx *Tx) rollback() {
-	tx.done = true
+	defer tx.end()
 	defer func() {
 		if p := recover(); p != nil {
 			tx.store.wedged.Store(true)
@@ -319,6 +358,14 @@ func (tx *Tx) rollback() {
 	}()
 	// The only error is that the transaction has ended, which is the aim.
 	_ = tx.tx.Rollback()
+}
+
+// end gives back what the transaction kept open.
+func (tx *Tx) end() {
+	if !tx.done {
+		tx.done = true
+		tx.handle.drop()
+	}
 }
 
 // Close waits for transactions that run, writes gathered uses and closes the
@@ -331,7 +378,11 @@ func (s *Store) Close() error {
 	s.closing.Do(func() {
 		if !s.opts.ReadOnly {
 			s.stopFlusher()
+			s.compactLast()
 			s.closeErr = s.lastCall()
+			s.background.Wait()
+			s.closeErr = errors.Join(s.closeErr, s.waitRetired())
+			s.seal()
 		}
 		s.breakDown(ErrClosed) //nolint:errcheck // what it returns is for callers of others
 		s.closeErr = errors.Join(s.closeErr, s.release())
@@ -341,16 +392,25 @@ func (s *Store) Close() error {
 
 // release gives the file back, and with it the lock.
 func (s *Store) release() error {
+	h := s.now.Load()
 	if s.wedged.Load() {
-		return closeFile(s.file)
+		return closeFile(h.file)
 	}
 	if !s.opts.ReadOnly {
 		clearHolder(s.path)
 	}
-	if err := s.db.Close(); err != nil {
+	if err := h.db.Close(); err != nil {
 		return fmt.Errorf("close %s: %w", s.path, err)
 	}
 	return nil
+}
+
+// seal spares the next Open a look at all pages. It is a help only, so there
+// is nothing to say if it cannot be written.
+func (s *Store) seal() {
+	if s.usable() == nil {
+		_ = writeSeal(s.now.Load().file)
+	}
 }
 
 // closeFile unlocks and closes a file that bbolt may have closed already. A
@@ -380,6 +440,11 @@ type Stats struct {
 	// FlushError is why the last flush by the timer failed, nil if it did
 	// not.
 	FlushError error
+	// Compactions is the number of times that the file was written anew
+	// since Open, and CompactError is why the last try failed that nobody
+	// asked for, nil if it did not.
+	Compactions  uint64
+	CompactError error
 }
 
 // Stats returns the figures of the store. Sizes are zero once it is closed.
@@ -392,6 +457,10 @@ func (s *Store) Stats() Stats {
 	if e := s.flushErr.Load(); e != nil {
 		st.FlushError = *e
 	}
+	if e := s.compactErr.Load(); e != nil {
+		st.CompactError = *e
+	}
+	st.Compactions = s.compactions.Load()
 	if s.usable() != nil {
 		return st
 	}
@@ -399,9 +468,15 @@ func (s *Store) Stats() Stats {
 		st.FileBytes = info.Size()
 	}
 	if err := s.view(func(tx *Tx) error {
-		return tx.guard("size", func() error { st.UsedBytes = tx.tx.Size(); return nil })
-	}); err == nil && !s.opts.ReadOnly {
-		st.FreeBytes = int64(s.db.Stats().FreeAlloc)
+		return tx.guard("size", func() error {
+			st.UsedBytes = tx.tx.Size()
+			if !s.opts.ReadOnly {
+				st.FreeBytes = int64(tx.handle.db.Stats().FreeAlloc)
+			}
+			return nil
+		})
+	}); err != nil {
+		st.UsedBytes, st.FreeBytes = 0, 0
 	}
 	return st
 }

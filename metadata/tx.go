@@ -20,13 +20,19 @@ import (
 // Rows of a derived bucket that no record answers for are passed over; Check
 // reports them.
 type Tx struct {
-	store *Store
-	tx    *bolt.Tx
+	store  *Store
+	handle *handle
+	tx     *bolt.Tx
+	tree   *tree
 
 	// err, once set, is what the transaction ends in.
 	err error
 	// writes counts changes of rows.
 	writes int
+	// putBytes is the size of what was written, and largest that of the
+	// largest row, in bytes; creates says that something new was.
+	putBytes, largest int64
+	creates           bool
 	// staleTotals asks for rebuildTotals before the commit.
 	staleTotals bool
 	// done is set when the function has returned.
@@ -69,7 +75,7 @@ func (tx *Tx) Get(id ID) (*Record, error) {
 	if err != nil {
 		return nil, err
 	}
-	tx.store.uses.addPending(r, tx.tx.ID())
+	tx.store.uses.addPending(r, tx.serial())
 	return r, nil
 }
 
@@ -124,6 +130,7 @@ func (tx *Tx) Create(r *Record) error {
 	if err := tx.parents(nil, r); err != nil {
 		return err
 	}
+	tx.creates = true
 	n := *r
 	n.Revision, n.attachments = 1, 0
 	if err := tx.write(nil, &n); err != nil {

@@ -31,7 +31,7 @@ type uses struct {
 	// flying is what a transaction is about to commit, which is readable
 	// from transaction flyingTx on.
 	flying   map[ID]use
-	flyingTx int
+	flyingTx uint64
 	// wake tells the flusher that gathered is no longer empty.
 	wake chan struct{}
 }
@@ -55,7 +55,7 @@ func (u *uses) waiting() int {
 }
 
 // take hands what was gathered to the transaction that will commit it.
-func (u *uses) take(tx int) map[ID]use {
+func (u *uses) take(tx uint64) map[ID]use {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.flying, u.flyingTx, u.gathered = u.gathered, tx, map[ID]use{}
@@ -76,7 +76,7 @@ func (u *uses) land(written bool) {
 
 // addPending adds to a record what the transaction that it was read in does
 // not show yet.
-func (u *uses) addPending(r *Record, tx int) {
+func (u *uses) addPending(r *Record, tx uint64) {
 	u.mu.Lock()
 	p := u.gathered[r.ID]
 	if tx < u.flyingTx {
@@ -124,7 +124,7 @@ func (s *Store) Flush(ctx context.Context) error {
 // applyUses writes the gathered uses. A record that is gone or damaged is
 // passed over: its uses say nothing any more.
 func (tx *Tx) applyUses() error {
-	taken := tx.store.uses.take(tx.tx.ID())
+	taken := tx.store.uses.take(tx.serial())
 	for _, id := range slices.Sorted(maps.Keys(taken)) {
 		r, err := tx.load(id)
 		if tx.err != nil {

@@ -1,0 +1,292 @@
+package metadata
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"sort"
+)
+
+// tree reads the rows of one state of the file, from its pages. It looks at
+// each page before it goes by it (see page.check), so a damaged one is an
+// error of whoever needs it, and no walk goes in circles: the ranges of the
+// pages below a branch do not meet.
+type tree struct {
+	src      source
+	pageSize uint64
+	used     uint64
+	root     uint64
+	// checked, if not nil, holds pages that have been looked at: nothing
+	// changes them as long as this state can be read.
+	checked map[uint64]struct{}
+	// passOver makes walks pass over what is damaged, and look-ups find
+	// nothing there.
+	passOver bool
+}
+
+// maxDepth is more than any tree of bbolt has: each branch has two pages
+// below it at least, so one of this depth would not fit into a disk.
+const maxDepth = 64
+
+// page reads a branch or a leaf.
+func (t *tree) page(id uint64, from, to []byte) (page, error) {
+	if id < 2 || id >= t.used {
+		return page{}, badPage(id, "it lies outside of the file")
+	}
+	b, err := t.src.bytes(id*t.pageSize, boltHeader)
+	if err != nil {
+		return page{}, badPage(id, "%v", err)
+	}
+	if have := binary.NativeEndian.Uint64(b); have != id {
+		return page{}, badPage(id, "it says that it is page %d", have)
+	}
+	p := parse(id, b)
+	p.more = uint64(binary.NativeEndian.Uint32(b[12:]))
+	if p.flags != pageBranch && p.flags != pageLeaf {
+		return page{}, badPage(id, "it has the flags %#x", p.flags)
+	}
+	if p.more >= t.used-id {
+		return page{}, badPage(id, "it has %d pages behind it", p.more)
+	}
+	if p.b, err = t.src.bytes(id*t.pageSize, (p.more+1)*t.pageSize); err != nil {
+		return page{}, badPage(id, "%v", err)
+	}
+	if _, ok := t.checked[id]; ok {
+		return p, nil
+	}
+	if err := p.check(from, to); err != nil {
+		return page{}, err
+	}
+	if t.checked != nil {
+		t.checked[id] = struct{}{}
+	}
+	return p, nil
+}
+
+// bucketRoot is where the rows of a bucket are.
+type bucketRoot struct {
+	page     uint64
+	inline   *page // instead of a page of its own
+	sequence uint64
+}
+
+// bucket finds a bucket of the top level.
+func (t *tree) bucket(name string) (b bucketRoot, ok bool, err error) {
+	c := treeCursor{t: t, root: bucketRoot{page: t.root}}
+	if ok, err = c.seek([]byte(name)); err != nil || !ok || string(c.key()) != name {
+		return b, false, err
+	}
+	v, nested := c.value()
+	if !nested {
+		return b, false, nil
+	}
+	b.page, b.sequence, b.inline, err = nestedBucket(c.top().p.id, v)
+	if err != nil && t.passOver {
+		return b, false, nil
+	}
+	return b, err == nil, err
+}
+
+// get finds a row. A nested bucket, which does not belong here, is none.
+func (t *tree) get(bucket string, key []byte) (v []byte, ok bool, err error) {
+	b, ok, err := t.bucket(bucket)
+	if err != nil || !ok {
+		return nil, false, err
+	}
+	c := treeCursor{t: t, root: b}
+	if ok, err = c.seek(key); err != nil || !ok || !bytes.Equal(c.key(), key) {
+		return nil, false, err
+	}
+	v, nested := c.value()
+	return v, !nested, nil
+}
+
+// look checks the pages that bbolt goes by when it changes the row, and those
+// beside them, with which it may merge them.
+func (t *tree) look(bucket string, key []byte, neighbours bool) error {
+	b, ok, err := t.bucket(bucket)
+	if err != nil || !ok || b.inline != nil {
+		return err
+	}
+	c := treeCursor{t: t, root: b}
+	if err := c.descend(key); err != nil || !neighbours {
+		return err
+	}
+	for _, at := range c.stack[:len(c.stack)-1] {
+		for _, i := range []int{at.i - 1, at.i + 1} {
+			if i >= 0 && i < at.p.count {
+				if _, err := t.page(at.p.below(i), at.lower(i), at.upper(i)); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// treeCursor walks a bucket.
+type treeCursor struct {
+	t     *tree
+	root  bucketRoot
+	stack []position
+}
+
+// position is an element of a page that has keys in [from, to).
+type position struct {
+	p        page
+	i        int
+	from, to []byte
+}
+
+// lower and upper bound the keys below element i of a branch. What is less
+// than all keys of a branch is below its first one.
+func (at *position) lower(i int) []byte {
+	if i > 0 {
+		return at.p.key(i)
+	}
+	return at.from
+}
+
+func (at *position) upper(i int) []byte {
+	if i+1 < at.p.count {
+		return at.p.key(i + 1)
+	}
+	return at.to
+}
+
+func (c *treeCursor) top() *position { return &c.stack[len(c.stack)-1] }
+
+func (c *treeCursor) key() []byte { return c.top().p.key(c.top().i) }
+
+func (c *treeCursor) value() (v []byte, nested bool) { return c.top().p.value(c.top().i) }
+
+// push goes to the page that the top of the stack leads to, or to the root.
+func (c *treeCursor) push() error {
+	if len(c.stack) == 0 {
+		if c.root.inline != nil {
+			c.stack = append(c.stack, position{p: *c.root.inline})
+			return nil
+		}
+		p, err := c.t.page(c.root.page, nil, nil)
+		if err == nil {
+			c.stack = append(c.stack, position{p: p})
+		}
+		return err
+	}
+	at := c.top()
+	if len(c.stack) == maxDepth {
+		return badPage(at.p.id, "it lies %d pages deep", maxDepth)
+	}
+	below := position{from: at.lower(at.i), to: at.upper(at.i)}
+	for _, above := range c.stack {
+		if above.p.id == at.p.below(at.i) {
+			return badPage(at.p.id, "it leads back to page %d", above.p.id)
+		}
+	}
+	var err error
+	if below.p, err = c.t.page(at.p.below(at.i), below.from, below.to); err == nil {
+		c.stack = append(c.stack, below)
+	}
+	return err
+}
+
+// descend goes down to the leaf that has the key or would have it.
+func (c *treeCursor) descend(key []byte) error {
+	c.stack = c.stack[:0]
+	for {
+		if err := c.push(); err != nil {
+			return err
+		}
+		at := c.top()
+		at.i = sort.Search(at.p.count, func(i int) bool { return bytes.Compare(at.p.key(i), key) >= 0 })
+		if !at.p.isBranch() {
+			return nil
+		}
+		if at.i > 0 && (at.i == at.p.count || !bytes.Equal(at.p.key(at.i), key)) {
+			at.i--
+		}
+	}
+}
+
+// seek moves to the first row whose key is not less than key.
+func (c *treeCursor) seek(key []byte) (ok bool, err error) {
+	if err := c.descend(key); err != nil {
+		if !c.mayPass(err) {
+			return false, err
+		}
+		if len(c.stack) == 0 {
+			return false, nil
+		}
+		c.top().i++
+	}
+	return c.settle()
+}
+
+// next moves on.
+func (c *treeCursor) next() (ok bool, err error) {
+	if len(c.stack) == 0 {
+		return false, nil
+	}
+	c.top().i++
+	return c.settle()
+}
+
+// mayPass says whether an error is one of the pages that a walk may skip.
+func (c *treeCursor) mayPass(err error) bool { return c.t.passOver && errors.Is(err, ErrDamaged) }
+
+// settle goes to the first row at or behind the position.
+func (c *treeCursor) settle() (ok bool, err error) {
+	for len(c.stack) > 0 {
+		at := c.top()
+		switch {
+		case at.i >= at.p.count:
+			c.stack = c.stack[:len(c.stack)-1]
+			if len(c.stack) > 0 {
+				c.top().i++
+			}
+		case !at.p.isBranch():
+			return true, nil
+		default:
+			if err := c.push(); err != nil {
+				if !c.mayPass(err) {
+					return false, err
+				}
+				at.i++
+			}
+		}
+	}
+	return false, nil
+}
+
+// leaves calls leaf for the leaves of a bucket, but for those at or below
+// pages that skip says yes to.
+func (t *tree) leaves(b bucketRoot, skip func(id uint64) bool, leaf func(*page)) error {
+	if b.inline != nil {
+		leaf(b.inline)
+		return nil
+	}
+	todo := []subtree{{page: b.page}}
+	for n := uint64(0); len(todo) > 0; n++ {
+		next := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if skip(next.page) {
+			continue
+		}
+		p, err := t.page(next.page, next.from, next.to)
+		if err != nil {
+			return err
+		}
+		if n > t.used {
+			return badPage(next.page, "it is reached again and again")
+		}
+		if !p.isBranch() {
+			leaf(&p)
+			continue
+		}
+		at := position{p: p, from: next.from, to: next.to}
+		for i := range p.count {
+			todo = append(todo, subtree{page: p.below(i), from: at.lower(i), to: at.upper(i)})
+		}
+	}
+	return nil
+}
