@@ -26,9 +26,6 @@ func (a *app) mayUse(root string) error {
 		if errors.Is(err, unix.ENOENT) && dir != filepath.Dir(dir) {
 			continue
 		}
-		if st, serr := os.Stat(dir); serr == nil && !st.IsDir() {
-			return nil // which is an error of its own
-		}
 		return denied(dir, err)
 	}
 }
@@ -50,10 +47,13 @@ func (a *app) mayRead(dir string) error {
 	return denied(dir, unix.Access(dir, unix.R_OK|unix.X_OK))
 }
 
-// denied keeps only a refusal: any other error will come again, in the words
-// of whoever meets it.
+// denied keeps only the refusal of a directory: any other error, and what is no
+// directory, will be met again by whoever can say it better.
 func denied(path string, err error) error {
 	if !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EROFS) {
+		return nil
+	}
+	if st, serr := os.Stat(path); serr == nil && !st.IsDir() {
 		return nil
 	}
 	return fmt.Errorf("%w: %w", &os.PathError{Op: "access", Path: path, Err: err}, errdefs.ErrPermissionDenied)

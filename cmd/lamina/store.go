@@ -95,7 +95,7 @@ func (a *app) options(root string) cache.Options {
 		// run syncs beside its command what earlier ones left, and
 		// "lamina sync" does it at once.
 		SyncInterval: -1,
-		Logger:        a.logger(),
+		Logger:       a.logger(),
 	}
 	if o.LockTimeout == 0 {
 		o.LockTimeout = -1 // not at all
