@@ -219,20 +219,33 @@ func checkRoot(o *Options) error {
 	return nil
 }
 
-// classify gives an error of the operating system its class, keeping it.
+// classify gives an error of the operating system its class.
 func classify(err error) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return errors.Join(err, errdefs.ErrNotFound)
+		return &classified{err, errdefs.ErrNotFound}
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
-		return errors.Join(err, errdefs.ErrPermissionDenied)
+		return &classified{err, errdefs.ErrPermissionDenied}
 	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, fs.ErrExist):
-		return errors.Join(err, errdefs.ErrInvalidArgument)
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
-		return errors.Join(err, errdefs.ErrResourceExhausted)
+		return &classified{err, errdefs.ErrInvalidArgument}
+	}
+	return fullDisk(err)
+}
+
+// fullDisk gives the errors of a full disk their class: drivers pass them on
+// as the kernel gave them.
+func fullDisk(err error) error {
+	if is(err, syscall.ENOSPC, syscall.EDQUOT) && !errors.Is(err, errdefs.ErrResourceExhausted) {
+		return &classified{err, errdefs.ErrResourceExhausted}
 	}
 	return err
 }
+
+// classified is an error that has a class beside what it says.
+type classified struct{ err, class error }
+
+func (e *classified) Error() string   { return e.err.Error() }
+func (e *classified) Unwrap() []error { return []error{e.err, e.class} }
 
 // hasLegacyState recognises a worker's directory by its cache records.
 func hasLegacyState(root string) bool {

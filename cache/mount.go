@@ -122,7 +122,7 @@ func (h *handle) mount(ctx context.Context, readOnly bool) (*Mount, error) {
 		return m.plainDir(ctx, e)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("mount record %s: %w", short(e.id), err)
+		return nil, fmt.Errorf("mount record %s: %w", short(e.id), fullDisk(err))
 	}
 	m.lock()
 	defer m.unlock()

@@ -106,7 +106,7 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 	}
 	if _, err := m.driver.Prepare(ctx, rec.Key, parentKey); err != nil {
 		// A failed Prepare may have left its name: ask for its removal.
-		return nil, errors.Join(fmt.Errorf("prepare a snapshot over %q: %w", parentKey, err), m.discardKey(ctx, rec.Key))
+		return nil, errors.Join(fmt.Errorf("prepare a snapshot over %q: %w", parentKey, fullDisk(err)), m.discardKey(ctx, rec.Key))
 	}
 	if o.Retain {
 		if err := m.create(ctx, &edit, nil); err != nil {
