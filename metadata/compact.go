@@ -261,6 +261,7 @@ func (c *compaction) finish(before *Tx, seen []bool) error {
 // swap gives the store the new file.
 func (c *compaction) swap(old *handle) {
 	s := c.s
+	setGrowth(c.db, s.opts)
 	s.now.Store(newHandle(c.file, c.db, old.pageSize, old.generation+1))
 	s.freelistStored = true
 	s.compactAt = 0

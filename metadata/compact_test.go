@@ -82,7 +82,7 @@ func hollow(t testing.TB, path string, o metadata.Options, kept int) *metadata.S
 
 func TestCompact(t *testing.T) {
 	path := storePath(t)
-	s := hollow(t, path, metadata.Options{FlushInterval: -1}, 40)
+	s := hollow(t, path, metadata.Options{FlushInterval: -1}, 20)
 	defer s.Close()
 	before, st := contents(t, s), s.Stats()
 	require.Zero(t, st.Compactions, "too small to be compacted by itself")
@@ -135,7 +135,7 @@ func TestCompactWhileInUse(t *testing.T) {
 		}
 		parts++
 		return s.Update(context.Background(), func(tx *metadata.Tx) error {
-			n := 8 * (parts % 40)
+			n := 8 * (parts % 20)
 			if err := tx.Create(rec(metadata.ID(fmt.Sprintf("new%d", parts)), over("00000"))); err != nil {
 				return err
 			}
@@ -144,7 +144,7 @@ func TestCompactWhileInUse(t *testing.T) {
 					return err
 				}
 			}
-			r, err := tx.Get("00312")
+			r, err := tx.Get("00152")
 			if err != nil {
 				return err
 			}
@@ -153,7 +153,7 @@ func TestCompactWhileInUse(t *testing.T) {
 			return err
 		})
 	}
-	s = hollow(t, path, metadata.Options{Step: step}, 40)
+	s = hollow(t, path, metadata.Options{Step: step}, 20)
 	defer s.Close()
 	update(t, s, func(tx *metadata.Tx) error { return tx.SetAttachment("00000", "large", make([]byte, 3<<20)) })
 
@@ -174,7 +174,7 @@ func TestCompactWhileInUse(t *testing.T) {
 	close(go_on)
 	require.Equal(t, first, <-old, "a reader's state does not change")
 
-	require.Equal(t, fmt.Sprint(parts), get(t, s, "00312").Description)
+	require.Equal(t, fmt.Sprint(parts), get(t, s, "00152").Description)
 	view(t, s, func(tx *metadata.Tx) {
 		require.Len(t, read(t, tx), len(first), "each step added one and removed one")
 	})
@@ -184,7 +184,7 @@ func TestCompactWhileInUse(t *testing.T) {
 	require.Empty(t, findings(t, s))
 	require.NoError(t, s.Close())
 	s = open(t, path, metadata.Options{})
-	require.Equal(t, fmt.Sprint(parts), get(t, s, "00312").Description)
+	require.Equal(t, fmt.Sprint(parts), get(t, s, "00152").Description)
 }
 
 // steps lists the durable steps of a run.
@@ -199,7 +199,7 @@ func steps(t *testing.T, run func(o metadata.Options)) (names []string) {
 func TestCompactStepByStep(t *testing.T) {
 	run := func(o metadata.Options) (*metadata.Store, error) {
 		path := storePath(t)
-		s := hollow(t, path, metadata.Options{FlushInterval: -1}, 40)
+		s := hollow(t, path, metadata.Options{FlushInterval: -1}, 20)
 		require.NoError(t, s.Close())
 		s, err := metadata.Open(t.Context(), path, o)
 		require.NoError(t, err)
@@ -214,7 +214,7 @@ func TestCompactStepByStep(t *testing.T) {
 	for _, stop := range names {
 		t.Run(stop, func(t *testing.T) {
 			path := storePath(t)
-			s := hollow(t, path, metadata.Options{FlushInterval: -1}, 40)
+			s := hollow(t, path, metadata.Options{FlushInterval: -1}, 20)
 			want := contents(t, s)
 			require.NoError(t, s.Close())
 
@@ -334,7 +334,7 @@ func TestCompactCanceled(t *testing.T) {
 			cancel(io.ErrClosedPipe)
 		}
 		return nil
-	}}, 40)
+	}}, 20)
 	require.ErrorIs(t, s.Compact(ctx), io.ErrClosedPipe)
 	require.NoFileExists(t, path+".compact")
 	require.NoError(t, s.Compact(t.Context()))

@@ -53,7 +53,7 @@ func (s *Store) makeRoom(tx *Tx) error {
 		free += int64(st.PendingPageN)
 	}
 	used := int64(tx.tree.used)
-	need := min(max(used/4, reserveLeast), reserveMost) + reserveSlack + 2*tx.putBytes/size + (free+int64(st.PendingPageN))*8/size
+	need := reserve(used) + reserveSlack + 2*tx.putBytes/size + (free+int64(st.PendingPageN))*8/size
 	if err := r.look(h, used*size); err != nil {
 		return ioError("make room", err)
 	}
@@ -123,3 +123,21 @@ func (r *room) grow(h *handle, used, end, most int64) error {
 		return fmt.Errorf("grow the file: %w", err)
 	}
 }
+
+// trim gives back what was grown ahead for a large transaction, and leaves
+// what the next small one needs. It is called by Close.
+func (s *Store) trim() {
+	h := s.now.Load()
+	info, err := h.file.Stat()
+	if err != nil || s.opts.MaxSize > 0 {
+		return
+	}
+	used := h.usedPages()
+	keep := (used+reserve(used)+reserveSlack)*h.pageSize + growLeast
+	if used > 0 && info.Size() >= keep+growLeast {
+		_ = h.file.Truncate(keep) // a file that stays longer harms nobody
+	}
+}
+
+// reserve is the number of pages that removals find on a full disk.
+func reserve(used int64) int64 { return min(max(used/4, reserveLeast), reserveMost) }

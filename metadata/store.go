@@ -233,7 +233,7 @@ func openBoltFresh(f *os.File, o Options, pageSize int) (*bolt.DB, error) {
 	if err != nil {
 		return nil, ioError("bbolt", err)
 	}
-	setGrowth(db, o)
+	db.AllocSize = 0 // until it is in use, it is no longer than it has to be
 	return db, nil
 }
 
@@ -405,10 +405,11 @@ func (s *Store) release() error {
 	return nil
 }
 
-// seal spares the next Open a look at all pages. It is a help only, so there
+// seal gives back space and spares the next Open a look at all pages. It is a help only, so there
 // is nothing to say if it cannot be written.
 func (s *Store) seal() {
 	if s.usable() == nil {
+		s.trim()
 		_ = writeSeal(s.now.Load().file)
 	}
 }
