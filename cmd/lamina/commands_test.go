@@ -46,8 +46,8 @@ func TestVerbsSayWhatTheyNeed(t *testing.T) {
 	want := map[string]string{
 		"run": annotateMounts, "exec": annotateMounts, "export": annotateMounts,
 		"new": annotateProbes, "commit": annotateProbes, "finalize": annotateProbes, "rm": annotateProbes,
-		"check": annotateProbes, "sync": annotateProbes,
-		"ls": "", "show": "", "log": "", "du": "", "info": "", "version": "", "completion": "", "help": "", "__commands": "",
+		"check": annotateProbes, "sync": annotateProbes, "du": annotateProbes,
+		"ls": "", "show": "", "log": "", "info": "", "version": "", "completion": "", "help": "", "__commands": "",
 	}
 	for _, cmd := range newRoot(newApp()).Commands() {
 		annotation, ok := want[cmd.Name()]

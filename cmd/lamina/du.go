@@ -42,6 +42,8 @@ In use is what somebody holds or what has children; the rest could be removed.
 			return a.du(cmd.Context(), o, keep)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
+		// A user may own directories that are closed even to that user.
+		Annotations: map[string]string{annotateProbes: ""},
 	}
 	cmd.Flags().StringArrayVar(&o.filters, "filter", nil, "count only records that match `F`")
 	cmd.Flags().BoolVar(&o.verbose, "verbose", false, "list the records, largest first")

@@ -65,6 +65,7 @@ func newTable(w io.Writer, header ...any) table.Writer {
 		text.DisableColors()
 	}
 	t.SetStyle(style)
+	t.SuppressTrailingSpaces()
 	if len(header) > 0 {
 		t.AppendHeader(table.Row(header))
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -34,8 +35,22 @@ type removedView struct {
 }
 
 func (a *app) rm(cmd *cobra.Command, args []string) error {
-	removed, errs, err := a.remove(cmd.Context(), args)
-	if err != nil {
+	var removed []removedView
+	var errs []error
+	err := a.patiently(cmd.Context(), func() error {
+		gone, failed, err := a.remove(cmd.Context(), args)
+		if err != nil {
+			return err
+		}
+		removed, errs = append(removed, gone...), failed
+		// What is left of a killed command goes soon: try these again.
+		args = leftovers(failed)
+		if len(args) > 0 && len(args) == len(failed) {
+			return errors.Join(failed...)
+		}
+		return nil
+	})
+	if err != nil && (len(errs) == 0 || cmd.Context().Err() != nil) {
 		return err
 	}
 	for _, v := range removed {
@@ -62,6 +77,16 @@ func (a *app) rm(cmd *cobra.Command, args []string) error {
 		code = exitPartly
 	}
 	return statusError(code)
+}
+
+// leftovers are the ids whose removal met nothing but dying processes.
+func leftovers(errs []error) (ids []string) {
+	for _, err := range errs {
+		if isLeftover(err) {
+			ids = append(ids, string(idOf(err)))
+		}
+	}
+	return ids
 }
 
 // remove gives what was removed and, for each other argument, why not.

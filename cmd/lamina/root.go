@@ -39,8 +39,8 @@ func newApp() *app { return &app{out: os.Stdout, err: os.Stderr} }
 const (
 	// annotateMounts marks verbs that mount, or run commands in a mount.
 	annotateMounts = "lamina.mounts"
-	// annotateProbes marks verbs that ask the kernel about mounts, for which
-	// an ordinary user needs a namespace, but not root.
+	// annotateProbes marks verbs that ask the kernel about mounts or look into
+	// trees, for which an ordinary user needs a namespace, but not root.
 	annotateProbes = "lamina.probes"
 )
 
