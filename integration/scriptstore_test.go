@@ -104,7 +104,7 @@ func seed(root, key, stdout, stderr string) (err error) {
 	if err != nil {
 		return err
 	}
-	m, err := cache.Open(ctx, cache.Options{Root: root, NoCreate: true, NoMounts: true})
+	m, err := cache.Open(ctx, cache.Options{Root: root, NoCreate: true, NoMounts: true, SyncInterval: -1})
 	if err != nil {
 		return err
 	}
