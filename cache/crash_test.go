@@ -316,6 +316,10 @@ func TestCrashAtEveryStep(t *testing.T) {
 	for _, driver := range []string{"overlay", "native"} {
 		t.Run(driver, func(t *testing.T) {
 			t.Parallel()
+			deep := deep
+			if driver == "native" && more == 0 {
+				deep = 0 // the settling is the same
+			}
 			c := &crashTest{T: t, dir: fastDir(t), driver: driver, deep: deep, seed: maphash.MakeSeed(), seen: map[uint64]bool{}}
 			c.making()
 			for _, s := range starts {
@@ -411,7 +415,7 @@ func (c *crashTest) open() (*history, *recorder) {
 }
 
 func (c *crashTest) options(root, boot string, step func(string) error) cache.Options {
-	return cache.Options{Root: root, DriverName: c.driver, BootID: boot, Step: step, FlushInterval: -1}
+	return cache.Options{Root: root, DriverName: c.driver, BootID: boot, Step: step, FlushInterval: -1, SyncInterval: -1}
 }
 
 // recorder copies the store before each durable step.

@@ -50,17 +50,17 @@ func (m *Manager) finalize(ctx context.Context, e *entry) (*Record, error) {
 	default:
 		return nil, fmt.Errorf("record %s is %s, commit it first: %w", short(e.id), rec.State, errdefs.ErrFailedPrecondition)
 	}
-	if holder, busy, err := testHold(m.root, e.id, false); err != nil {
+	if holders, busy, err := testHold(m.root, e.id, false); err != nil {
 		return nil, err
 	} else if busy {
-		return nil, &LockedError{ID: e.id, Holders: []Holder{holder}}
+		return nil, &LockedError{ID: e.id, Holders: holders}
 	}
 	if err := m.commitInDriver(ctx, e.id, rec.Key); err != nil {
-		return nil, fmt.Errorf("finalize record %s: %w", short(e.id), err)
+		return nil, fmt.Errorf("finalize record %s: %w", short(e.id), fullDisk(err))
 	}
 	rec, err = m.swap(ctx, e)
 	if err != nil {
-		return nil, fmt.Errorf("finalize record %s: %w", short(e.id), err)
+		return nil, fmt.Errorf("finalize record %s: %w", short(e.id), fullDisk(err))
 	}
 	return rec, nil
 }

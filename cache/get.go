@@ -160,8 +160,8 @@ func (m *Manager) Refs(id ID) []Holder {
 		out = m.holdersLocked(e)
 	}
 	m.unlock()
-	if h, busy, err := testHold(m.root, id, true); err == nil && busy {
-		out = append(out, h)
+	if holders, busy, err := testHold(m.root, id, true); err == nil && busy {
+		out = append(out, holders...)
 	}
 	return out
 }

@@ -70,7 +70,7 @@ func startHelper(t testing.TB, name string, args ...string) *helper {
 	self, err := os.Executable()
 	require.NoError(t, err)
 	h := &helper{t: t, cmd: exec.CommandContext(t.Context(), self, args...)}
-	h.cmd.Env = append(os.Environ(), helperEnv+"="+name)
+	h.cmd.Env = append(os.Environ(), helperEnv+"="+name, "GORACE=atexit_sleep_ms=0")
 	h.cmd.Stderr = os.Stderr
 	h.stdin, err = h.cmd.StdinPipe()
 	require.NoError(t, err)
@@ -129,7 +129,7 @@ func helpHold(args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	m, err := cache.Open(ctx, cache.Options{Root: root, Driver: d, BootID: boot, Command: "the holder"})
+	m, err := cache.Open(ctx, cache.Options{Root: root, Driver: d, BootID: boot, Command: "the holder", SyncInterval: -1})
 	if err != nil {
 		return err
 	}

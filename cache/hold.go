@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -35,7 +37,7 @@ type Hold struct {
 	file *os.File
 }
 
-// holdText is what the hold file says of its owner, a hint for people.
+// holdText is what a line of the hold file says of a holder, a hint for people.
 type holdText struct {
 	PID     int       `json:"pid"`
 	Command string    `json:"command"`
@@ -112,7 +114,7 @@ func holdPath(root string, id ID) string {
 func takeHold(root string, id ID, exclusive bool, command string, now time.Time) (*Hold, error) {
 	path := holdPath(root, id)
 	for {
-		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND|unix.O_CLOEXEC, 0o600)
 		if err != nil {
 			return nil, fmt.Errorf("hold record %s: %w", short(id), classify(err))
 		}
@@ -122,7 +124,7 @@ func takeHold(root string, id ID, exclusive bool, command string, now time.Time)
 		}
 		got, err := lockFile(f, how)
 		if err == nil && !got {
-			err = &LockedError{ID: id, Holders: []Holder{readHolder(f)}}
+			err = &LockedError{ID: id, Holders: readHolders(f)}
 		}
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
@@ -133,11 +135,12 @@ func takeHold(root string, id ID, exclusive bool, command string, now time.Time)
 			}
 			continue
 		}
+		if exclusive {
+			_ = f.Truncate(0) // what others wrote who were killed
+		}
 		if text, err := json.Marshal(holdText{PID: os.Getpid(), Command: clip(command), Since: now}); err == nil {
 			// Best effort: the lock is the truth, the text a hint.
-			if _, err := f.WriteAt(append(text, '\n'), 0); err == nil {
-				_ = f.Truncate(int64(len(text) + 1))
-			}
+			_, _ = f.Write(append(text, '\n'))
 		}
 		return &Hold{id: id, path: path, exclusive: exclusive, file: f}, nil
 	}
@@ -147,24 +150,23 @@ func takeHold(root string, id ID, exclusive bool, command string, now time.Time)
 // use: any hold excludes a writer, only an exclusive one a reader. It makes no
 // file and takes no lock: while this process has the store open, no file means
 // nobody.
-func testHold(root string, id ID, write bool) (Holder, bool, error) {
+func testHold(root string, id ID, write bool) (holders []Holder, busy bool, err error) {
 	f, err := os.OpenFile(holdPath(root, id), os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return Holder{}, false, nil
+		return nil, false, nil
 	}
 	if err != nil {
-		return Holder{}, false, fmt.Errorf("look for holders of record %s: %w", short(id), err)
+		return nil, false, fmt.Errorf("look for holders of record %s: %w", short(id), err)
 	}
 	defer f.Close()
 	how := int16(unix.F_RDLCK)
 	if write {
 		how = unix.F_WRLCK
 	}
-	busy, err := locked(f, how)
-	if err != nil || !busy {
-		return Holder{}, false, err
+	if busy, err = locked(f, how); err != nil || !busy {
+		return nil, false, err
 	}
-	return readHolder(f), true, nil
+	return readHolders(f), true, nil
 }
 
 // AwaitHold waits until no other process holds the record of id in the store
@@ -235,14 +237,23 @@ func dropStaleHolds(root string) error {
 	return errors.Join(errs...)
 }
 
-func readHolder(f *os.File) Holder {
-	h := Holder{Kind: HolderProcess}
-	var text holdText
+// readHolders reads who wrote into a hold file that is locked, leaving out
+// those who have died since: there is at least one, known or not. Of a process
+// that holds it twice, or once more, the last line counts.
+func readHolders(f *os.File) (holders []Holder) {
 	data, err := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
-	if err == nil && json.Unmarshal(data, &text) == nil {
-		h.PID, h.Command, h.Since = text.PID, text.Command, text.Since
+	for line := range bytes.Lines(data) {
+		var text holdText
+		if err != nil || json.Unmarshal(line, &text) != nil || text.PID <= 0 || errors.Is(unix.Kill(text.PID, 0), unix.ESRCH) {
+			continue
+		}
+		holders = slices.DeleteFunc(holders, func(h Holder) bool { return h.PID == text.PID })
+		holders = append(holders, Holder{Kind: HolderProcess, PID: text.PID, Command: text.Command, Since: text.Since})
 	}
-	return h
+	if len(holders) == 0 {
+		holders = []Holder{{Kind: HolderProcess}}
+	}
+	return holders
 }
 
 func sameFile(f *os.File, path string) bool {

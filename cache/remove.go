@@ -110,10 +110,10 @@ func (r *removal) hold(ctx context.Context, v *victim) (err error) {
 	if v.rec, err = m.read(ctx, v.e.id); err != nil {
 		return err
 	}
-	if h, busy, err := testHold(m.root, v.e.id, true); err != nil {
+	if holders, busy, err := testHold(m.root, v.e.id, true); err != nil {
 		return err
 	} else if busy {
-		return &LockedError{ID: v.e.id, Holders: []Holder{h}}
+		return &LockedError{ID: v.e.id, Holders: holders}
 	}
 	if v.rec.State != metadata.Finalized {
 		if err := m.noForeignWriter(ctx, v.e.id, v.rec.Key); err != nil && !errors.Is(err, errdefs.ErrNotFound) {

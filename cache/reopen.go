@@ -79,10 +79,10 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 		return nil, fmt.Errorf("it is %s, make a new record with it as parent: %w", rec.State, errdefs.ErrFailedPrecondition)
 	}
 	if mine == nil {
-		if h, busy, err := testHold(m.root, e.id, true); err != nil {
+		if holders, busy, err := testHold(m.root, e.id, true); err != nil {
 			return nil, err
 		} else if busy {
-			return nil, &LockedError{ID: e.id, Holders: []Holder{h}}
+			return nil, &LockedError{ID: e.id, Holders: holders}
 		}
 	}
 	unswapped, err := m.awaitsSwap(ctx, e.id)

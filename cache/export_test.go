@@ -1,0 +1,4 @@
+package cache
+
+// HoldPath is where the hold of a record lies.
+var HoldPath = holdPath
