@@ -230,6 +230,6 @@ func (t *Tree) report(n *node, c Change, own *sum) {
 // holds mu.
 func (t *Tree) discard() {
 	t.root = &node{kind: kindDir, dir: &dirInfo{}, epoch: t.epoch}
-	t.legacy = false
+	t.legacy, t.ownerless = false, false
 	t.pages.replaceAll()
 }

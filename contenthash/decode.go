@@ -206,7 +206,7 @@ func (t *Tree) decodeIndex(data []byte) (trust byte, rootSum *sum, err error) {
 	if flags&^iAll != 0 || trust > trustMixed {
 		return 0, nil, fmt.Errorf("flags %#x are not known", flags)
 	}
-	t.legacy = flags&iLegacy != 0
+	t.legacy, t.ownerless = flags&iLegacy != 0, flags&iOwnerless != 0
 	if flags&iSum != 0 {
 		s := in.sum()
 		rootSum = &s

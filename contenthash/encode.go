@@ -15,7 +15,7 @@ import (
 //
 // The payload of the index is
 //
-//	byte     flags: two bits of trust, legacy, root sum
+//	byte     flags: two bits of trust, legacy, root sum, owners ignored
 //	32 bytes digest of the root with all below it, if known
 //	uvarint  number of pages, and for each
 //	         uvarint number, uint32 CRC of the page,
@@ -56,10 +56,11 @@ const (
 
 // Bits of the index's first byte; the lower two are the trust.
 const (
-	iTrust  = 0x03
-	iLegacy = 0x04
-	iSum    = 0x08
-	iAll    = iTrust | iLegacy | iSum
+	iTrust     = 0x03
+	iLegacy    = 0x04
+	iSum       = 0x08
+	iOwnerless = 0x10
+	iAll       = iTrust | iLegacy | iSum | iOwnerless
 )
 
 func pageCRC(name string, payload []byte) uint32 {
@@ -93,6 +94,9 @@ func (t *Tree) appendIndex(buf []byte, trust byte) []byte {
 	flags := trust
 	if t.legacy {
 		flags |= iLegacy
+	}
+	if t.ownerless {
+		flags |= iOwnerless
 	}
 	d := t.root.dir
 	if d.hasSum {

@@ -66,6 +66,9 @@ func (t *Tree) borrow(ctx context.Context) *reader {
 		r = newReader()
 	}
 	r.done, r.now = ctx.Done(), t.now
+	t.mu.RLock()
+	r.ownerless = t.ownerless
+	t.mu.RUnlock()
 	return r
 }
 
@@ -437,8 +440,7 @@ func (f *fetch) readDir(rd *reader, fd int, v visit) error {
 		if f.holds(v, got) {
 			return nil
 		}
-		var head rawHeader
-		head.of(&st)
+		head := rd.header(&st)
 		var err error
 		if head.xattrs, err = (place{fd: fd}).xattrs(rd.attrs); err != nil {
 			return err

@@ -51,13 +51,15 @@ func factsOf(st *unix.Stat_t, at int64) facts {
 // reader reads entries; every worker has its own.
 type reader struct {
 	// done is closed when nobody waits for the result any more.
-	done  <-chan struct{}
-	now   func() int64
-	hash  hash.Hash
-	buf   []byte // content, and names of directories
-	head  []byte // headers
-	attrs []byte // lists of attributes
-	stats Stats
+	done <-chan struct{}
+	now  func() int64
+	hash hash.Hash
+	buf  []byte // content, and names of directories
+	head []byte // headers
+	// ownerless leaves owners out of headers.
+	ownerless bool
+	attrs     []byte // lists of attributes
+	stats     Stats
 }
 
 // bufSize holds most files at once; larger ones gain nothing from more.
@@ -118,8 +120,7 @@ func (r *reader) look(at int, name string, digest bool) (f facts, ok bool, err e
 	if f.kind != kindSymlink && !digest {
 		return f, true, nil
 	}
-	var head rawHeader
-	head.of(&st)
+	head := r.header(&st)
 	if f.kind == kindSymlink {
 		if head.link, err = readlink(at, name); err != nil {
 			return f, false, retryIf(err, unix.EINVAL) // no link any more
@@ -138,6 +139,16 @@ func (r *reader) look(at int, name string, digest bool) (f facts, ok bool, err e
 		return f, false, err
 	}
 	return f, same(&st, &after), nil
+}
+
+// header begins the header of a file with its stat data.
+func (r *reader) header(st *unix.Stat_t) rawHeader {
+	var head rawHeader
+	head.of(st)
+	if r.ownerless {
+		head.uid, head.gid = 0, 0
+	}
+	return head
 }
 
 func retryIf(err, again error) error {
@@ -172,8 +183,7 @@ func (r *reader) file(at int, name string) (f facts, ok bool, err error) {
 	if f.kind != kindFile {
 		return f, false, nil
 	}
-	var head rawHeader
-	head.of(&st)
+	head := r.header(&st)
 	if head.xattrs, err = (place{fd: fd}).xattrs(r.attrs); err != nil {
 		return f, false, err
 	}

@@ -46,6 +46,9 @@ type Tree struct {
 	// legacy says that the digests were computed by a BuildKit daemon, maybe
 	// by older rules. They are kept together or not at all.
 	legacy bool
+	// ownerless says that new digests are computed by rules that ignore
+	// owners. Only with legacy.
+	ownerless bool
 
 	pages pageSet
 	stats Stats
