@@ -133,18 +133,10 @@ func (m *Manager) open(ctx context.Context, o *Options) error {
 	m.pool = newPool(m.root, o.PrivateMounts, o.NoMounts)
 	m.marks = &marks{root: m.root, step: m.step}
 	if m.readOnly {
-		if o.PrivateMounts {
-			return m.pool.makePrivate()
-		}
 		return nil
 	}
 	for _, dir := range []string{"mounts", "holds"} {
 		if err := os.Mkdir(filepath.Join(m.root, dir), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
-	if o.PrivateMounts {
-		if err := m.pool.makePrivate(); err != nil {
 			return err
 		}
 	}

@@ -36,9 +36,14 @@ type pool struct {
 	plain bool
 	locks *locker.Locker // one per record, held across the mount call
 
+	// groundMu is a leaf, held across mount calls on the mount points'
+	// directory itself.
+	groundMu sync.Mutex
+
 	mu sync.Mutex
 	// Guarded by mu.
 	mounts map[poolKey]*poolMount
+	closed bool
 }
 
 type poolKey struct {
@@ -121,6 +126,9 @@ func (p *pool) get(ctx context.Context, key poolKey, mount func(target string) e
 
 // mount makes a directory for key and mounts on it.
 func (p *pool) mount(key poolKey, mount func(target string) error) (string, error) {
+	if err := p.layGround(); err != nil {
+		return "", classify(err)
+	}
 	target, err := os.MkdirTemp(p.dir, mountName(key)+"~")
 	if err != nil {
 		return "", classify(err)
@@ -145,9 +153,13 @@ func (p *pool) put(key poolKey) error {
 		}
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	if t.refs--; t.refs == 0 {
 		delete(p.mounts, key)
+	}
+	last := p.closed && len(p.mounts) == 0
+	p.mu.Unlock()
+	if last {
+		return p.liftGround()
 	}
 	return nil
 }
@@ -198,6 +210,7 @@ func (p *pool) detach(id metadata.ID) {
 func (p *pool) close() (left bool, err error) {
 	p.mu.Lock()
 	mounts := maps.Clone(p.mounts)
+	p.closed = true
 	p.mu.Unlock()
 	var errs []error
 	for key, t := range mounts {
@@ -206,6 +219,18 @@ func (p *pool) close() (left bool, err error) {
 			continue
 		}
 		errs = append(errs, p.endNow(key))
+	}
+	if !p.private && !p.plain {
+		// Also those of processes that were killed while this one had the
+		// store open.
+		names, rerr := os.ReadDir(p.dir)
+		left = left || len(names) > 0
+		if rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
+			errs = append(errs, rerr)
+		}
+	}
+	if !left {
+		errs = append(errs, p.liftGround())
 	}
 	err = errors.Join(errs...)
 	return left || err != nil && !p.private, err
@@ -224,21 +249,50 @@ func (p *pool) endNow(key poolKey) error {
 	return t.end(unix.MNT_DETACH)
 }
 
-// makePrivate puts a file system of its own under the mount points, so that
-// their directories are seen by this process and its children only.
-func (p *pool) makePrivate() error {
-	var own, root unix.Stat_t
-	if err := unix.Stat(p.dir, &own); err != nil {
-		return &os.PathError{Op: "stat", Path: p.dir, Err: err}
-	}
-	if err := unix.Stat(filepath.Dir(p.dir), &root); err != nil {
-		return &os.PathError{Op: "stat", Path: filepath.Dir(p.dir), Err: err}
-	}
-	if own.Dev != root.Dev {
-		return nil // an earlier open of this process did
+// layGround puts a file system of its own under the mount points, before the
+// first of them. So a mount needs no free byte or inode of the disk; in a mount
+// namespace of this process nobody else sees the mount points; and in one that
+// others share, an unmount reaches the copies that their namespaces have of a
+// mount, which would else keep its upper directory in use.
+func (p *pool) layGround() error {
+	p.groundMu.Lock()
+	defer p.groundMu.Unlock()
+	if there, err := p.hasGround(); err != nil || there {
+		return err
 	}
 	if err := unix.Mount("lamina", p.dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700"); err != nil {
 		return &os.PathError{Op: "mount tmpfs on", Path: p.dir, Err: err}
+	}
+	if err := unix.Mount("", p.dir, "", unix.MS_SHARED, ""); err != nil {
+		return errors.Join(&os.PathError{Op: "share", Path: p.dir, Err: err}, unix.Unmount(p.dir, unix.MNT_DETACH))
+	}
+	return nil
+}
+
+// hasGround says whether something is mounted on the mount points' directory.
+func (p *pool) hasGround() (bool, error) {
+	var own, root unix.Stat_t
+	if err := unix.Stat(p.dir, &own); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, &os.PathError{Op: "stat", Path: p.dir, Err: err}
+	}
+	if err := unix.Stat(filepath.Dir(p.dir), &root); err != nil {
+		return false, &os.PathError{Op: "stat", Path: filepath.Dir(p.dir), Err: err}
+	}
+	return own.Dev != root.Dev, nil
+}
+
+// liftGround takes the file system away when no mount is left on it. In a
+// namespace of this process it stays, for mounts that outlive the manager.
+func (p *pool) liftGround() error {
+	p.groundMu.Lock()
+	defer p.groundMu.Unlock()
+	if there, err := p.hasGround(); err != nil || !there || p.private {
+		return err
+	}
+	if err := unix.Unmount(p.dir, unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EBUSY) {
+		return &os.PathError{Op: "unmount", Path: p.dir, Err: err}
 	}
 	return nil
 }
@@ -274,7 +328,7 @@ func (p *pool) cleanStale(held func(name string) bool) error {
 			errs = append(errs, err)
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, p.liftGround())...)
 }
 
 // mountedID is the fileName of the id that was mounted below dir on path.

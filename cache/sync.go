@@ -73,7 +73,8 @@ func (u *Unsynced) Sync(ctx context.Context) error {
 		return context.Cause(ctx)
 	}
 	if u.err == nil && !u.done && len(u.list) > 0 {
-		if err := u.sync(ctx); err != nil {
+		// Once begun it is not cancelled: that would look like a failure.
+		if err := u.sync(context.WithoutCancel(ctx)); err != nil {
 			u.err = fmt.Errorf("sync snapshots: %w", err)
 		}
 	}
