@@ -180,13 +180,12 @@ func classOf(err error) string {
 		return "locked"
 	}
 	// The outermost class counts, as it does for whoever wrapped the error.
-	switch class := errdefs.Resolve(err); class {
-	case context.Canceled:
+	switch class := errdefs.Resolve(err); {
+	case errors.Is(class, context.Canceled):
 		return "canceled"
-	case context.DeadlineExceeded:
+	case errors.Is(class, context.DeadlineExceeded):
 		return "deadline_exceeded"
-	case errdefs.ErrUnknown:
-	default:
+	case !errors.Is(class, errdefs.ErrUnknown):
 		return strings.ReplaceAll(class.Error(), " ", "_")
 	}
 	switch {

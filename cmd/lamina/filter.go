@@ -56,7 +56,7 @@ func checkRegexps(text string) error {
 			continue
 		}
 		text = strings.TrimSpace(op)
-		value := text
+		var value string
 		if end := quoted(text); end > 1 {
 			value = text[1 : end-1]
 			if text[0] == '"' {
