@@ -174,5 +174,3 @@ func helpHold(args []string) (err error) {
 	}
 	return errors.Join(err, hold.Release())
 }
-
-func helpLoad([]string) error { return nil }
