@@ -42,8 +42,10 @@ func newBench(t testing.TB, driver string) *bench {
 		t.Skip("needs root: it mounts without a helper process")
 	}
 	dir := t.TempDir()
-	b := &bench{TB: t, ctx: context.Background(), driver: driver,
-		root: filepath.Join(dir, "store"), src: filepath.Join(dir, "src"), dst: filepath.Join(dir, "out")}
+	b := &bench{
+		TB: t, ctx: context.Background(), driver: driver,
+		root: filepath.Join(dir, "store"), src: filepath.Join(dir, "src"), dst: filepath.Join(dir, "out"),
+	}
 	require.NoError(t, os.MkdirAll(b.src, 0o755))
 	t.Cleanup(func() {
 		if !t.Failed() {
