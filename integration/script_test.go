@@ -22,42 +22,43 @@ import (
 )
 
 // laminaBinary is the command that the scripts drive: LAMINA_TEST_BINARY if
-// that is set, else one that is built here, once.
+// that is set, whose name has to be lamina, else one that is built here, once.
 var laminaBinary string
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
 func testMain(m *testing.M) int {
+	if given := os.Getenv("LAMINA_TEST_BINARY"); given != "" {
+		// Nothing is made here: tests start this program again, and kill it.
+		var err error
+		if laminaBinary, err = filepath.Abs(given); err != nil || filepath.Base(given) != "lamina" {
+			fmt.Fprintf(os.Stderr, "LAMINA_TEST_BINARY is %q: scripts call it lamina (%v)\n", given, err)
+			return 1
+		}
+		return m.Run()
+	}
 	dir, err := os.MkdirTemp("", "lamina-binary-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	if laminaBinary, err = findBinary(dir); err != nil {
-		fmt.Fprintln(os.Stderr, "the command under test:", err)
+	laminaBinary = filepath.Join(dir, "lamina")
+	if err := buildBinary(laminaBinary); err != nil {
+		fmt.Fprintln(os.Stderr, "build the command under test:", err)
 		return 1
 	}
 	return m.Run()
 }
 
-func findBinary(dir string) (string, error) {
-	path := filepath.Join(dir, "lamina")
-	if given := os.Getenv("LAMINA_TEST_BINARY"); given != "" {
-		abs, err := filepath.Abs(given)
-		if err != nil {
-			return "", err
-		}
-		// Scripts find it in PATH under its name.
-		return path, os.Symlink(abs, path)
-	}
+func buildBinary(path string) error {
 	_, here, _, _ := runtime.Caller(0)
 	// No race detector: it slows the sandbox's start down tenfold, and what
 	// races there are the packages' own tests find.
 	build := exec.Command("go", "build", "-race=false", "-o", path, "./cmd/lamina")
 	build.Dir = filepath.Dir(filepath.Dir(here))
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	return path, build.Run()
+	return build.Run()
 }
 
 // TestScripts runs what stands in testdata/script against the real command, on
