@@ -383,6 +383,9 @@ func (r *run) build(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, r.letGo()) }()
 	synced := r.syncBeside(ctx)
 	defer func() { err = errors.Join(err, synced()) }()
+	if err := os.MkdirAll(filepath.Dir(r.job.dir()), 0o755); err != nil {
+		return err
+	}
 	if err := r.syncSource(ctx); err != nil {
 		return err
 	}
@@ -449,9 +452,6 @@ func (r *run) sourceDir() string {
 
 // command runs it. The error says that it could not be started, or was ended.
 func (r *run) command(ctx context.Context, log *runlog.Writer) error {
-	if err := os.MkdirAll(filepath.Dir(r.job.dir()), 0o755); err != nil {
-		return err
-	}
 	exit, err := sandbox.Run(ctx, sandbox.Spec{
 		Args: r.job.Args, Env: r.job.Env,
 		Dir: r.job.dir(), Source: r.mount.Path(), Mounts: r.job.Mounts,

@@ -425,6 +425,18 @@ func TestTheWorkspaceIsAlwaysAtTheSamePath(t *testing.T) {
 	})
 }
 
+func TestWithoutASource(t *testing.T) {
+	b := newBench(t, "overlay")
+	none := func(j *workspace.Job) { j.Source = "" }
+	b.interrupt("echo 1 > product")
+	b.run("cat product", none)
+	require.Equal(t, "1\n", b.stdout.String())
+	other := func(j *workspace.Job) { j.Source, j.Key = "", "other" }
+	require.NoError(t, os.RemoveAll(filepath.Join(b.root, "workspaces")))
+	require.Equal(t, []string{"first"}, b.run("ls", other).Why)
+	require.True(t, b.run("ls", other).Cached)
+}
+
 func TestBadJobs(t *testing.T) {
 	b := newBench(t, "overlay")
 	file := filepath.Join(b.src, "file")
