@@ -47,6 +47,9 @@ type entry struct {
 	// touched says that a handle whose use counts was released since the
 	// last time there were none.
 	touched bool
+	// depth is the number of layers that a mount of it stacks, 0 if nobody
+	// counted them yet.
+	depth int
 	// parents are the entries whose uses an unrecorded mutable counts in.
 	parents []*entry
 }

@@ -89,6 +89,9 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 			return nil, err
 		}
 		defer done()
+		if err := m.requireDepth(ctx, pe); err != nil {
+			return nil, err
+		}
 		prec, err := m.finalize(ctx, pe)
 		if err != nil {
 			return nil, fmt.Errorf("finalize the parent: %w", err)
@@ -125,6 +128,39 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 	}
 	m.written[rec.Key] = struct{}{}
 	return &MutableRef{h: m.handleLocked(e, HolderMutable)}, nil
+}
+
+// requireDepth refuses a parent on which one more layer could be written, but
+// never mounted again once it is committed.
+func (m *Manager) requireDepth(ctx context.Context, e *entry) error {
+	if m.info.MaxDepth == 0 {
+		return nil
+	}
+	m.lock()
+	depth, parent := e.depth, e.rec
+	m.unlock()
+	if depth == 0 {
+		err := m.store.View(ctx, func(tx *metadata.Tx) error {
+			rec := parent
+			for depth = 1; len(rec.Parents) > 0 && depth < m.info.MaxDepth; depth++ {
+				var err error
+				if rec, err = tx.Get(rec.Parents[0]); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("count the layers of the parent: %w", err)
+		}
+		m.lock()
+		e.depth = depth
+		m.unlock()
+	}
+	if depth >= m.info.MaxDepth {
+		return fmt.Errorf("parent %s has %d layers, as many as one mount can stack: %w", short(parent.ID), depth, errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 // create writes the first transaction of a record that was edited in memory.
