@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -38,7 +37,8 @@ func lookUp(name string, env []string) (string, error) {
 		if err == nil {
 			return file, nil
 		}
-		if denied == nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTDIR) {
+		// A directory that may not be searched has no command, as for shells.
+		if _, there := os.Stat(file); denied == nil && there == nil {
 			denied = err
 		}
 	}
