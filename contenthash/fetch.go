@@ -123,7 +123,7 @@ func (f *fetch) look(rd *reader, path string) error {
 		var c *node
 		f.apply(func() { c = f.put(n, name, got) })
 		if got.gone {
-			f.missing[path] = true
+			f.missing[strings.TrimSuffix(path[:len(path)-len(rest)], "/")] = true
 		}
 		if c == nil || c.kind != kindDir || !more {
 			return nil

@@ -34,22 +34,17 @@ func (r *run) lookup(p string) (n *node, known bool) {
 		if n.kind != kindDir {
 			return nil, true
 		}
+		here := strings.TrimSuffix(p[:len(p)-len(rest)], "/")
 		c := n.child(name)
-		if c == nil {
-			if (n.dir.listed && r.t.trusts(n)) || r.missing[p] {
-				return nil, true
-			}
+		switch {
+		case c != nil && c.kind != kindUnknown && r.t.trusts(c):
+			n = c
+		case r.missing[here], c == nil && n.dir.listed && r.t.trusts(n):
+			return nil, true
+		default:
 			r.wantLook(p)
 			return nil, false
 		}
-		if !r.t.trusts(c) || c.kind == kindUnknown {
-			if r.missing[p] {
-				return nil, true
-			}
-			r.wantLook(p)
-			return nil, false
-		}
-		n = c
 	}
 	return n, true
 }
