@@ -145,7 +145,15 @@ func (s *subject) New(ctx context.Context, parent bench.Immutable, values ...ben
 }
 
 func (s *subject) Get(ctx context.Context, id string) (bench.Immutable, error) {
-	ref, err := s.Manager.Get(ctx, id, nil)
+	return s.get(ctx, id)
+}
+
+func (s *subject) Look(ctx context.Context, id string) (bench.Immutable, error) {
+	return s.get(ctx, id, cache.NoUpdateLastUsed)
+}
+
+func (s *subject) get(ctx context.Context, id string, o ...cache.RefOption) (bench.Immutable, error) {
+	ref, err := s.Manager.Get(ctx, id, nil, o...)
 	if err != nil {
 		return nil, err
 	}

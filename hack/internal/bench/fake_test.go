@@ -55,6 +55,8 @@ func (f *fake) New(_ context.Context, _ bench.Immutable, values ...bench.Value) 
 
 func (f *fake) Get(_ context.Context, id string) (bench.Immutable, error) { return fakeImm(id), nil }
 
+func (f *fake) Look(_ context.Context, id string) (bench.Immutable, error) { return fakeImm(id), nil }
+
 func (f *fake) GetMutable(_ context.Context, id string) (bench.Mutable, error) {
 	return fakeRef(id), nil
 }

@@ -6,8 +6,15 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/term"
 )
 
 // Exit codes of Main.
@@ -17,83 +24,164 @@ const (
 	exitUsage
 )
 
-const intro = `usage: hack/bench [--peer] [--quick] [--only NAME]... [--dir DIR] [--rounds N] [--json]
+const intro = `usage: hack/bench [--no-peer] [--quick] [--only NAME]... [--dir DIR] [--disk loop] [--sizes N,...] [--rounds N] [--json]
 
-Measures what the operations of the cache cost on the disk that holds DIR.
-Times are medians; tx is the number of write transactions, the same on any
-machine. With --json, one object a line, times in microseconds. With --peer,
-BuildKit's cache manager is measured beside ours, in the same rounds.
+Measures what the operations of the cache cost, side by side with BuildKit's
+cache manager and with the least that the disk and the kernel must do: one of
+each per round, on the disk that holds DIR. Times are medians; tx are write
+transactions and syncs the fsync, fdatasync and syncfs calls of one operation,
+the same on any machine. With --json, one object a line, times in microseconds.
+
+--no-peer leaves BuildKit out, which is else fetched and compiled for it.
 
 Operations: %s
 
 `
 
-// Main is the command: it parses args, measures openers and prints to stdout.
-// It returns the exit code. Progress goes to stderr when terminal is set.
-func Main(ctx context.Context, args []string, stdout, stderr io.Writer, terminal bool, openers ...Opener) int {
-	flags := flag.NewFlagSet("hack/bench", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	flags.Usage = func() {
-		fmt.Fprintf(stderr, intro, strings.Join(Names(), ", "))
-		flags.PrintDefaults()
-	}
-	c := Config{Openers: openers}
-	quick := flags.Bool("quick", false, "fewer rounds and only the small state: well below a minute")
-	asJSON := flags.Bool("json", false, "one object a line instead of a table")
-	flags.StringVar(&c.Dir, "dir", "", "the directory in which states are built; the system's for temporary files if empty")
-	flags.IntVar(&c.Rounds, "rounds", 0, "the number of samples of each operation; 40, or 15 with --quick, if zero")
-	flags.Func("only", "measure only the operation `NAME`; may be given several times, or with commas", func(v string) error {
-		c.Only = append(c.Only, strings.Split(v, ",")...)
-		return nil
-	})
-	if err := flags.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return exitOK
-		}
-		return exitUsage
-	}
-	if flags.NArg() > 0 {
-		fmt.Fprintf(stderr, "hack/bench: unexpected argument %q\n", flags.Arg(0))
-		return exitUsage
-	}
-	if _, err := choose(c.Only); err != nil {
-		fmt.Fprintln(stderr, "hack/bench:", err)
-		return exitUsage
-	}
-	c.setSizes(*quick)
-	if terminal {
-		c.Progress = func(what string) { fmt.Fprintf(stderr, "\r\x1b[K%s", what) }
-	}
+// Environment is where Main finds what it needs.
+type Environment struct {
+	Stdout, Stderr io.Writer
+	// Terminal says that a person watches Stderr: progress goes there.
+	Terminal bool
+	// Syncs counts syncs, nil if nobody can.
+	Syncs *Syncs
+	// Openers are the subjects; the first one is compared with the others.
+	Openers []Opener
+}
 
+// Command is Main for a program that does nothing else. It must be called
+// first thing, as CountSyncs explains.
+func Command(openers ...Opener) int {
+	syncs, err := CountSyncs()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "hack/bench: syncs are not counted:", err)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	return Main(ctx, os.Args[1:], Environment{
+		Stdout:   os.Stdout,
+		Stderr:   os.Stderr,
+		Terminal: term.IsTerminal(int(os.Stderr.Fd())),
+		Syncs:    syncs,
+		Openers:  openers,
+	})
+}
+
+// settings are what the flags say.
+type settings struct {
+	Config
+	quick, json bool
+	disk        string
+}
+
+// Main parses args, measures, prints, and returns the exit code.
+func Main(ctx context.Context, args []string, env Environment) int {
+	s, err := parse(args, env)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return exitOK
+	case err != nil:
+		return exitUsage
+	}
 	start := time.Now()
 	var results []Result
-	err := Run(ctx, c, func(r Result) error {
-		if *asJSON {
-			return writeJSON(stdout, r)
-		}
-		results = append(results, r)
-		return nil
-	})
-	if terminal {
-		fmt.Fprint(stderr, "\r\x1b[K")
+	measure := func(dir string) error {
+		s.Dir = dir
+		return Run(ctx, s.Config, func(r Result) error {
+			if s.json {
+				return writeJSON(env.Stdout, r)
+			}
+			results = append(results, r)
+			return nil
+		})
+	}
+	if s.disk == "loop" {
+		s.progress("making a file system")
+		err = withLoopDisk(ctx, s.Dir, measure)
+	} else {
+		err = measure(s.Dir)
+	}
+	if env.Terminal {
+		fmt.Fprint(env.Stderr, "\r\x1b[K")
 	}
 	// What was measured before an error is still worth printing.
-	writeTable(stdout, results)
+	writeTable(env.Stdout, results)
 	if err != nil {
-		fmt.Fprintln(stderr, "hack/bench:", err)
+		fmt.Fprintln(env.Stderr, "hack/bench:", err)
 		return exitError
 	}
-	fmt.Fprintf(stderr, "%d rounds, %s\n", c.Rounds, time.Since(start).Round(time.Second))
+	fmt.Fprintf(env.Stderr, "%d rounds, %s\n", s.Rounds, time.Since(start).Round(time.Second))
 	return exitOK
 }
 
-func (c *Config) setSizes(quick bool) {
-	c.Sizes = []int{1000, 10_000}
-	rounds := 40
-	if quick {
-		c.Sizes, rounds = []int{1000}, 15
+// parse reads the flags. What is wrong with them has been said when it fails.
+func parse(args []string, env Environment) (*settings, error) {
+	s := &settings{Config: Config{Openers: env.Openers, Limits: true, Syncs: env.Syncs}}
+	flags := flag.NewFlagSet("hack/bench", flag.ContinueOnError)
+	flags.SetOutput(env.Stderr)
+	flags.Usage = func() {
+		fmt.Fprintf(env.Stderr, intro, strings.Join(Names(), ", "))
+		flags.PrintDefaults()
 	}
-	if c.Rounds <= 0 {
-		c.Rounds = rounds
+	flags.BoolVar(&s.quick, "quick", false, "fewer rounds and only the small state: well below a minute")
+	flags.BoolVar(&s.json, "json", false, "one object a line instead of a table")
+	flags.StringVar(&s.Dir, "dir", "", "the `directory` in which states are built; the system's for temporary files if empty")
+	flags.StringVar(&s.disk, "disk", "", "loop: a new ext4 file system in a file below the directory, for which root is needed")
+	flags.IntVar(&s.Rounds, "rounds", 0, "the `number` of samples of each operation; 40, or 15 with --quick, if zero")
+	flags.Func("sizes", "the `numbers` of records in the states, ascending, with commas; 1000,10000, or 1000 with --quick", s.parseSizes)
+	flags.Func("only", "measure only the operation `NAME`; may be given several times, or with commas", func(v string) error {
+		s.Only = append(s.Only, strings.Split(v, ",")...)
+		return nil
+	})
+	if err := flags.Parse(args); err != nil {
+		return nil, err
+	}
+	err := s.check(flags.Args())
+	if err != nil {
+		fmt.Fprintln(env.Stderr, "hack/bench:", err)
+		return nil, err
+	}
+	s.setSizes()
+	if env.Terminal {
+		s.Progress = func(what string) { fmt.Fprintf(env.Stderr, "\r\x1b[K%s", what) }
+	}
+	return s, nil
+}
+
+func (s *settings) parseSizes(v string) error {
+	for _, field := range strings.Split(v, ",") {
+		n, err := strconv.Atoi(field)
+		if err != nil || n < chain+1 {
+			return fmt.Errorf("%q is no number of at least %d", field, chain+1)
+		}
+		s.Sizes = append(s.Sizes, n)
+	}
+	if slices.Sort(s.Sizes); len(slices.Compact(slices.Clone(s.Sizes))) != len(s.Sizes) {
+		return errors.New("a size is given twice")
+	}
+	return nil
+}
+
+func (s *settings) check(rest []string) error {
+	if len(rest) > 0 {
+		return fmt.Errorf("unexpected argument %q", rest[0])
+	}
+	if s.disk != "" && s.disk != "loop" {
+		return fmt.Errorf("there is no disk %q, only loop", s.disk)
+	}
+	_, err := choose(s.Only)
+	return err
+}
+
+func (s *settings) setSizes() {
+	sizes, rounds := []int{1000, 10_000}, 40
+	if s.quick {
+		sizes, rounds = []int{1000}, 15
+	}
+	if len(s.Sizes) == 0 {
+		s.Sizes = sizes
+	}
+	if s.Rounds <= 0 {
+		s.Rounds = rounds
 	}
 }

@@ -10,21 +10,26 @@ import (
 // operation is one thing to measure.
 type operation struct {
 	name string
+	// note says what the limit is, and what else a reader must know.
+	note string
 	// batch is how often one sample runs it: enough that reading the clock
 	// does not count.
 	batch int
-	// parts is how many operations one run consists of, one if zero.
-	parts int
+	// parts is how many operations one run with n consists of, one if nil.
+	parts func(n int) int
 	// rounds bounds the rounds of an operation whose runs are long.
 	rounds int
-	// goroutines is set where n counts goroutines and not records.
-	goroutines []int
+	// ns are the numbers to measure it with where they are not that of the
+	// records in the state.
+	ns []int
 	// everySize says that it is measured on each size of the state; others
 	// are measured on the largest only.
 	everySize bool
 	// prepare does what is not measured and returns what is. after undoes
 	// it, not measured either. It is called for each of the batch.
 	prepare func(ctx context.Context, w *world, n int) (sample, error)
+	// limit is the same for the least that the disk and the kernel must do.
+	limit func(ctx context.Context, l *limits, n int) (sample, error)
 }
 
 // sample is one run of an operation. after may be nil.
@@ -34,19 +39,67 @@ type sample struct{ run, after func(context.Context) error }
 // part of what --json promises.
 func operations() []operation {
 	return []operation{
-		{name: "new", batch: 1, prepare: prepareNew},
-		{name: "new-commit-release", batch: 1, prepare: prepareLife},
-		{name: "commit", batch: 1, prepare: prepareCommit},
-		{name: "finalize", batch: 1, prepare: prepareFinalize},
-		{name: "reopen", batch: 1, prepare: prepareReopen},
-		{name: "get-release", batch: 50, prepare: prepareGetRelease},
-		{name: "release", batch: 1, prepare: prepareRelease},
-		{name: "search", batch: 50, prepare: prepareSearch},
-		{name: "set-value", batch: 1, prepare: prepareSetValue},
-		{name: "open", batch: 1, everySize: true, prepare: prepareOpen},
-		{name: "throughput", batch: 1, parts: lives, rounds: 5, goroutines: []int{1, 8, 64}, prepare: prepareThroughput},
+		{
+			name: "new", batch: 1, prepare: prepareNew, limit: limitNew,
+			note: "limit: three mkdir and a rename",
+		},
+		{
+			name: "new-commit-release", batch: 1, prepare: prepareLife, limit: limitLife,
+			note: "limit: three mkdir, a rename and one bbolt put in a transaction of its own",
+		},
+		{
+			name: "commit", batch: 1, prepare: prepareCommit, limit: limitCommit,
+			note: "limit: one bbolt put in a transaction of its own, after directories that nobody synced",
+		},
+		{
+			name: "finalize", batch: 1, prepare: prepareFinalize, limit: limitFinalize,
+			note: "limit: a rename and one bbolt put; the sync of the files' data is not part of any figure",
+		},
+		{
+			name: "reopen", batch: 1, prepare: prepareReopen, limit: limitReopen,
+			note: "limit: one bbolt transaction that deletes a record and puts another",
+		},
+		{
+			name: "get-release", batch: 20, prepare: prepareGetRelease, limit: limitGet,
+			note: "of a record without children: of others the peer notes no use, and writes nothing; " +
+				"limit: one bbolt get, its checksum and a copy",
+		},
+		{
+			name: "get-no-update", batch: 50, ns: []int{1, 50}, prepare: prepareLook, limit: limitGet,
+			note: "n is the depth of the record; a Get and Release that is not noted as a use; limit as of get-release",
+		},
+		{
+			name: "release", batch: 1, prepare: prepareRelease, limit: limitRelease,
+			note: "of a record just committed; limit: a count in memory under a lock, for nothing has to reach the disk",
+		},
+		{
+			name: "search", batch: 50, prepare: prepareSearch, limit: limitSearch,
+			note: "limit: one seek of a bbolt cursor and a copy",
+		},
+		{
+			name: "set-value", batch: 1, prepare: prepareSetValue, limit: limitSetValue,
+			note: "limit: one bbolt put in a transaction of its own",
+		},
+		{
+			name: "set-value-waiting", batch: 1, ns: []int{64}, parts: each, rounds: 10,
+			prepare: prepareSetValues, limit: limitSetValues,
+			note: "n goroutines set one value each, the time is that of one value; limit: n puts in one transaction",
+		},
+		{
+			name: "open", batch: 1, everySize: true, prepare: prepareOpen, limit: limitOpen,
+			note: "after a clean close; limit: bbolt alone, with its list of free pages stored",
+		},
+		{
+			name: "throughput", batch: 1, ns: []int{1, 8, 64}, parts: lives, rounds: 5,
+			prepare: prepareThroughput, limit: limitThroughput,
+			note: "n goroutines run new-commit-release, the time is that of one; " +
+				"limit: three mkdir and a rename each, and one transaction for n puts",
+		},
 	}
 }
+
+// each is one operation for each of n goroutines.
+func each(n int) int { return n }
 
 // Names are the names of all operations.
 func Names() []string {
@@ -143,7 +196,10 @@ func prepareReopen(ctx context.Context, w *world, _ int) (sample, error) {
 }
 
 func prepareGetRelease(_ context.Context, w *world, _ int) (sample, error) {
-	id := w.ids[w.next()]
+	// A record with children is held by them in the peer, as one that is
+	// about to note its use; so its own release notes nothing.
+	id := w.tips[w.turn*7919%len(w.tips)]
+	w.turn++
 	return sample{run: func(ctx context.Context) error {
 		imm, err := w.subject.Get(ctx, id)
 		if err != nil {
@@ -151,6 +207,17 @@ func prepareGetRelease(_ context.Context, w *world, _ int) (sample, error) {
 		}
 		return imm.Release(ctx)
 	}}, nil
+}
+
+func prepareLook(ctx context.Context, w *world, n int) (sample, error) {
+	id, err := w.deep(ctx, n)
+	return sample{run: func(ctx context.Context) error {
+		imm, err := w.subject.Look(ctx, id)
+		if err != nil {
+			return err
+		}
+		return imm.Release(ctx)
+	}}, err
 }
 
 func prepareRelease(ctx context.Context, w *world, _ int) (sample, error) {
@@ -180,11 +247,50 @@ func prepareSetValue(ctx context.Context, w *world, _ int) (sample, error) {
 	if err != nil {
 		return sample{}, err
 	}
-	v := Value{Name: "changing", Data: fmt.Sprint(w.turn), Index: fmt.Sprintf("changing/%d", w.turn)}
+	v := w.changing()
 	return sample{
 		run:   func(ctx context.Context) error { return imm.SetValue(ctx, v) },
 		after: imm.Release,
 	}, nil
+}
+
+// changing is a value that each call gives other contents and another index.
+func (w *world) changing() Value {
+	return Value{Name: "changing", Data: fmt.Sprint(w.turn), Index: fmt.Sprintf("changing/%d", w.turn)}
+}
+
+// prepareSetValues sets n values from n goroutines at once.
+func prepareSetValues(ctx context.Context, w *world, n int) (_ sample, err error) {
+	refs, values := make([]Immutable, n), make([]Value, n)
+	for i := range n {
+		if refs[i], err = w.subject.Get(ctx, w.ids[w.next()]); err != nil {
+			return sample{}, err
+		}
+		values[i] = w.changing()
+	}
+	return sample{
+		run: func(ctx context.Context) error {
+			return together(n, func(i int) error { return refs[i].SetValue(ctx, values[i]) })
+		},
+		after: func(ctx context.Context) error {
+			var err error
+			for _, imm := range refs {
+				err = errors.Join(err, imm.Release(ctx))
+			}
+			return err
+		},
+	}, nil
+}
+
+// together runs do in n goroutines and waits for them.
+func together(n int, do func(i int) error) error {
+	errs := make([]error, n)
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() { errs[i] = do(i) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
 }
 
 func prepareOpen(ctx context.Context, w *world, _ int) (sample, error) {
@@ -195,26 +301,20 @@ func prepareOpen(ctx context.Context, w *world, _ int) (sample, error) {
 	return sample{run: open, after: w.hold}, nil
 }
 
-// lives is how many records one sample of throughput makes: as many for each
-// number of goroutines, and enough for the largest to get going.
-const lives = 256
+// lives is how many records one sample of throughput makes: at least four for
+// each goroutine, so that most of them meet in the queue.
+func lives(n int) int { return max(64, 4*n) }
 
 // prepareThroughput runs New, Commit and Release from n goroutines at once.
 func prepareThroughput(_ context.Context, w *world, n int) (sample, error) {
 	return sample{run: func(ctx context.Context) error {
-		errs := make([]error, n)
-		var wg sync.WaitGroup
-		for g := range n {
-			wg.Go(func() {
-				for range lives / n {
-					if err := w.life(ctx); err != nil {
-						errs[g] = err
-						return
-					}
+		return together(n, func(int) error {
+			for range lives(n) / n {
+				if err := w.life(ctx); err != nil {
+					return err
 				}
-			})
-		}
-		wg.Wait()
-		return errors.Join(errs...)
+			}
+			return nil
+		})
 	}}, nil
 }

@@ -21,39 +21,47 @@ const (
 // unit is that of all times in JSON.
 const unit = "us"
 
-// line is one result with --json. Fields are only ever added.
+// line is one result with --json. Fields are only ever added. What was not
+// measured is null.
 type line struct {
-	Name string   `json:"name"`
-	N    int      `json:"n"`
-	Unit string   `json:"unit"`
-	Ours *float64 `json:"ours,omitempty"`
-	// Tx are write transactions of one operation.
-	Tx *float64 `json:"tx,omitempty"`
-
-	Peer       *float64 `json:"peer,omitempty"`
-	Limit      *float64 `json:"limit,omitempty"`
-	RatioPeer  *float64 `json:"ratio_peer,omitempty"`
-	RatioLimit *float64 `json:"ratio_limit,omitempty"`
-	PeerTx     *float64 `json:"peer_tx,omitempty"`
+	Name  string   `json:"name"`
+	N     int      `json:"n"`
+	Unit  string   `json:"unit"`
+	Ours  *float64 `json:"ours"`
+	Peer  *float64 `json:"peer"`
+	Limit *float64 `json:"limit"`
+	// RatioPeer and RatioLimit are ours divided by theirs.
+	RatioPeer  *float64 `json:"ratio_peer"`
+	RatioLimit *float64 `json:"ratio_limit"`
+	// Tx and Syncs are the write transactions and the fsync, fdatasync and
+	// syncfs calls of one operation.
+	Tx        *float64 `json:"tx"`
+	Syncs     *float64 `json:"syncs"`
+	PeerTx    *float64 `json:"peer_tx"`
+	PeerSyncs *float64 `json:"peer_syncs"`
+	Note      string   `json:"note"`
 }
 
 // writeJSON writes a result as one object on a line of its own.
 func writeJSON(out io.Writer, r Result) error {
-	l := line{Name: r.Name, N: r.N, Unit: unit}
-	for _, f := range r.Figures {
-		took, tx := micros(f.Median), round(f.Transactions)
-		switch f.Subject {
-		case Ours:
-			l.Ours, l.Tx = &took, &tx
-		case Peer:
-			l.Peer, l.PeerTx = &took, &tx
-		case Limit:
-			l.Limit = &took
-		}
-	}
+	l := line{Name: r.Name, N: r.N, Unit: unit, Note: r.Note}
+	l.Ours, l.Tx, l.Syncs = fields(r.of(Ours))
+	l.Peer, l.PeerTx, l.PeerSyncs = fields(r.of(Peer))
+	l.Limit, _, _ = fields(r.of(Limit))
 	l.RatioPeer = ratio(l.Ours, l.Peer)
 	l.RatioLimit = ratio(l.Ours, l.Limit)
 	return json.NewEncoder(out).Encode(l)
+}
+
+func fields(f *Figure) (took, tx, syncs *float64) {
+	if f == nil {
+		return nil, nil, nil
+	}
+	took, tx = new(micros(f.Median)), new(round(f.Transactions))
+	if f.Syncs != nil {
+		syncs = new(round(*f.Syncs))
+	}
+	return took, tx, syncs
 }
 
 func micros(d time.Duration) float64 { return round(float64(d) / float64(time.Microsecond)) }
@@ -69,7 +77,7 @@ func ratio(a, b *float64) *float64 {
 	return &r
 }
 
-// writeTable writes all results for people.
+// writeTable writes all results for people: first the figures, then the notes.
 func writeTable(out io.Writer, results []Result) {
 	if len(results) == 0 {
 		return
@@ -81,35 +89,50 @@ func writeTable(out io.Writer, results []Result) {
 	t.Style().Options.DrawBorder = false
 
 	head := table.Row{"operation", "n"}
-	columns := []table.ColumnConfig{{Number: 2, Align: text.AlignRight}}
 	for _, f := range results[0].Figures {
-		for _, title := range []string{f.Subject, "10 % – 90 %", "tx"} {
-			head = append(head, title)
-			columns = append(columns, table.ColumnConfig{Number: len(head), Align: text.AlignRight, AlignHeader: text.AlignRight})
+		head = append(head, f.Subject, "10 % – 90 %")
+		if f.Subject != Limit {
+			head = append(head, "tx", "syncs")
 		}
 	}
-	compared := len(results[0].Figures) > 1
-	if compared {
-		for _, f := range results[0].Figures[1:] {
-			head = append(head, "/ "+f.Subject)
-			columns = append(columns, table.ColumnConfig{Number: len(head), Align: text.AlignRight})
-		}
+	for _, f := range results[0].Figures[1:] {
+		head = append(head, "/ "+f.Subject)
+	}
+	var columns []table.ColumnConfig
+	for i := range head[1:] {
+		columns = append(columns, table.ColumnConfig{Number: i + 2, Align: text.AlignRight, AlignHeader: text.AlignRight})
 	}
 	t.AppendHeader(head)
 	t.SetColumnConfigs(columns)
 	for _, r := range results {
 		row := table.Row{r.Name, r.N}
 		for _, f := range r.Figures {
-			row = append(row, show(f.Median), show(f.Low)+" – "+show(f.High), fmt.Sprintf("%.4g", f.Transactions))
-		}
-		if compared {
-			for _, f := range r.Figures[1:] {
-				row = append(row, fmt.Sprintf("%.3g", float64(r.Figures[0].Median)/float64(max(f.Median, 1))))
+			row = append(row, show(f.Median), show(f.Low)+" – "+show(f.High))
+			if f.Subject != Limit {
+				row = append(row, fmt.Sprintf("%.3g", f.Transactions), showSyncs(f.Syncs))
 			}
+		}
+		for _, f := range r.Figures[1:] {
+			row = append(row, fmt.Sprintf("%.2g", float64(r.Figures[0].Median)/float64(max(f.Median, 1))))
 		}
 		t.AppendRow(row)
 	}
 	t.Render()
+	fmt.Fprintln(out)
+	noted := ""
+	for _, r := range results {
+		if r.Note != "" && r.Name != noted {
+			fmt.Fprintf(out, "%s: %s\n", r.Name, r.Note)
+		}
+		noted = r.Name
+	}
+}
+
+func showSyncs(n *float64) string {
+	if n == nil {
+		return "?"
+	}
+	return fmt.Sprintf("%.3g", *n)
 }
 
 // show prints a duration with three digits.

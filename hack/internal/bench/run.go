@@ -9,12 +9,18 @@ import (
 	"path/filepath"
 	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Config says what to measure.
 type Config struct {
 	// Openers are the subjects. Each operation is run on all of them.
 	Openers []Opener
+	// Limits adds the least that the disk and the kernel must do.
+	Limits bool
+	// Syncs counts the syncs of this process; nil if nobody can.
+	Syncs *Syncs
 	// Dir is where the states are built; what is measured is its disk.
 	Dir string
 	// Sizes are the numbers of records in the states, ascending.
@@ -30,10 +36,22 @@ type Config struct {
 // Result is what one operation cost on each subject.
 type Result struct {
 	Name string
-	// N is the number of records in the state or, for throughput, of
-	// goroutines.
+	// Note says what the limit is, and what else a reader must know.
+	Note string
+	// N is the number of records in the state or, where the note says so, of
+	// goroutines or of the record's ancestors.
 	N       int
 	Figures []Figure
+}
+
+// of is the figure of a subject, nil if it was not measured.
+func (r Result) of(subject string) *Figure {
+	for i := range r.Figures {
+		if r.Figures[i].Subject == subject {
+			return &r.Figures[i]
+		}
+	}
+	return nil
 }
 
 // Figure is the cost of one operation on one subject.
@@ -41,8 +59,11 @@ type Figure struct {
 	Subject string
 	// Median, Low and High are the median, the 10th and the 90th percentile.
 	Median, Low, High time.Duration
-	// Transactions is the median number of write transactions.
+	// Transactions and Syncs are the median numbers of write transactions
+	// and of fsync, fdatasync and syncfs calls; of the latter nil if nobody
+	// counted them.
 	Transactions float64
+	Syncs        *float64
 	Samples      int
 }
 
@@ -85,30 +106,54 @@ func choose(only []string) ([]operation, error) {
 	return slices.DeleteFunc(ops, func(op operation) bool { return !slices.Contains(only, op.name) }), nil
 }
 
+// contender is what stands in one column of the results.
+type contender struct {
+	name      string
+	databases []string
+	prepare   func(ctx context.Context, op operation, n int) (sample, error)
+}
+
 // runSize builds a state of size records for each subject and measures ops on it.
 func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operation, report func(Result) error) (err error) {
-	var worlds []*world
-	defer func() {
-		for _, w := range worlds {
-			err = errors.Join(err, w.close(ctx))
-		}
-	}()
+	var all []contender
 	for _, o := range c.Openers {
 		c.progress(fmt.Sprintf("building %d records for %s", size, o.Name))
 		w, err := newWorld(ctx, o, dir, size)
 		if err != nil {
 			return err
 		}
-		worlds = append(worlds, w)
+		defer func() { err = errors.Join(err, w.close(ctx)) }()
+		all = append(all, contender{
+			name:      o.Name,
+			databases: o.Databases(w.dir),
+			prepare: func(ctx context.Context, op operation, n int) (sample, error) {
+				return op.prepare(ctx, w, n)
+			},
+		})
 	}
+	if c.Limits {
+		l, err := newLimits(dir, size)
+		if err != nil {
+			return fmt.Errorf("limits: %w", err)
+		}
+		defer func() { err = errors.Join(err, l.close()) }()
+		all = append(all, contender{
+			name: Limit,
+			prepare: func(ctx context.Context, op operation, n int) (sample, error) {
+				return op.limit(ctx, l, n)
+			},
+		})
+	}
+	// What building wrote must not be paid for by the first sync measured.
+	unix.Sync()
 	for _, op := range ops {
-		ns := op.goroutines
+		ns := op.ns
 		if ns == nil {
 			ns = []int{size}
 		}
 		for _, n := range ns {
 			c.progress(fmt.Sprintf("%s, n = %d", op.name, n))
-			r, err := c.measure(ctx, op, n, worlds)
+			r, err := c.measure(ctx, op, n, all)
 			if err != nil {
 				return fmt.Errorf("%s: %w", op.name, err)
 			}
@@ -126,89 +171,116 @@ func (c *Config) progress(what string) {
 	}
 }
 
-// series are the samples of one operation on one subject.
-type series struct {
-	times        []time.Duration
-	transactions []float64
+// cost is what one operation took.
+type cost struct {
+	time                time.Duration
+	transactions, syncs float64
 }
 
 // measure runs the rounds of one operation; the first ones are not counted.
-func (c *Config) measure(ctx context.Context, op operation, n int, worlds []*world) (Result, error) {
-	all := make([]series, len(worlds))
+func (c *Config) measure(ctx context.Context, op operation, n int, all []contender) (Result, error) {
+	costs := make([][]cost, len(all))
 	warmup, rounds := 2, c.Rounds
 	if op.rounds > 0 {
 		// One run of these is many operations.
 		warmup, rounds = 1, min(rounds, op.rounds)
 	}
 	for round := range warmup + rounds {
-		for i := range worlds {
+		for i := range all {
 			// Nobody is always first: the order rotates.
-			at := (round + i) % len(worlds)
+			at := (round + i) % len(all)
 			if err := ctx.Err(); err != nil {
 				return Result{}, err
 			}
-			took, tx, err := worlds[at].sample(ctx, op, n)
+			took, err := c.sample(ctx, op, n, all[at])
 			if err != nil {
-				return Result{}, fmt.Errorf("%s: %w", worlds[at].opener.Name, err)
+				return Result{}, fmt.Errorf("%s: %w", all[at].name, err)
 			}
 			if round >= warmup {
-				all[at].times = append(all[at].times, took)
-				all[at].transactions = append(all[at].transactions, tx)
+				costs[at] = append(costs[at], took)
 			}
 		}
 	}
-	r := Result{Name: op.name, N: n}
-	for i, w := range worlds {
-		r.Figures = append(r.Figures, all[i].figure(w.opener.Name))
+	r := Result{Name: op.name, N: n, Note: op.note}
+	for i := range all {
+		f := figure(all[i].name, costs[i])
+		if c.Syncs == nil {
+			f.Syncs = nil
+		}
+		r.Figures = append(r.Figures, f)
 	}
 	return r, nil
 }
 
-// sample runs an operation's batch once and returns the time and the write
-// transactions of one operation.
-func (w *world) sample(ctx context.Context, op operation, n int) (took time.Duration, tx float64, err error) {
-	files := w.opener.Databases(w.dir)
+// sample runs an operation's batch once and returns what one operation took.
+func (c *Config) sample(ctx context.Context, op operation, n int, who contender) (cost, error) {
+	var sum cost
 	for range op.batch {
-		s, err := op.prepare(ctx, w, n)
+		s, err := who.prepare(ctx, op, n)
 		if err != nil {
-			return 0, 0, fmt.Errorf("prepare: %w", err)
+			return cost{}, fmt.Errorf("prepare: %w", err)
 		}
-		before, err := transactions(files)
+		before, err := c.count(who)
 		if err != nil {
-			return 0, 0, err
+			return cost{}, err
 		}
 		start := time.Now()
 		err = s.run(ctx)
-		took += time.Since(start)
+		sum.time += time.Since(start)
 		if err != nil {
-			return 0, 0, err
+			return cost{}, err
 		}
-		after, err := transactions(files)
+		after, err := c.count(who)
 		if err != nil {
-			return 0, 0, err
+			return cost{}, err
 		}
-		tx += float64(after - before)
+		sum.transactions += after.transactions - before.transactions
+		sum.syncs += after.syncs - before.syncs
 		if s.after == nil {
 			continue
 		}
 		if err := s.after(ctx); err != nil {
-			return 0, 0, fmt.Errorf("clean up: %w", err)
+			return cost{}, fmt.Errorf("clean up: %w", err)
 		}
 	}
-	runs := op.batch * max(op.parts, 1)
-	return took / time.Duration(runs), tx / float64(runs), nil
+	runs := op.batch
+	if op.parts != nil {
+		runs *= op.parts(n)
+	}
+	sum.time /= time.Duration(runs)
+	sum.transactions /= float64(runs)
+	sum.syncs /= float64(runs)
+	return sum, nil
 }
 
-func (s *series) figure(name string) Figure {
-	slices.Sort(s.times)
-	slices.Sort(s.transactions)
+// count is what the counters say now.
+func (c *Config) count(who contender) (cost, error) {
+	tx, err := transactions(who.databases)
+	if err != nil || c.Syncs == nil {
+		return cost{transactions: float64(tx)}, err
+	}
+	syncs, err := c.Syncs.Count()
+	return cost{transactions: float64(tx), syncs: float64(syncs)}, err
+}
+
+func figure(name string, costs []cost) Figure {
+	var times []time.Duration
+	var tx, syncs []float64
+	for _, c := range costs {
+		times, tx, syncs = append(times, c.time), append(tx, c.transactions), append(syncs, c.syncs)
+	}
+	slices.Sort(times)
+	slices.Sort(tx)
+	slices.Sort(syncs)
+	waits := quantile(syncs, 0.5)
 	return Figure{
 		Subject:      name,
-		Median:       quantile(s.times, 0.5),
-		Low:          quantile(s.times, 0.1),
-		High:         quantile(s.times, 0.9),
-		Transactions: quantile(s.transactions, 0.5),
-		Samples:      len(s.times),
+		Median:       quantile(times, 0.5),
+		Low:          quantile(times, 0.1),
+		High:         quantile(times, 0.9),
+		Transactions: quantile(tx, 0.5),
+		Syncs:        &waits,
+		Samples:      len(costs),
 	}
 }
 

@@ -30,6 +30,8 @@ type Subject interface {
 	New(ctx context.Context, parent Immutable, values ...Value) (Mutable, error)
 	// Get gives a handle on a record and notes that it is used.
 	Get(ctx context.Context, id string) (Immutable, error)
+	// Look is Get of a record whose use is not noted.
+	Look(ctx context.Context, id string) (Immutable, error)
 	// GetMutable makes a committed record writable again; id is its
 	// ReopenID.
 	GetMutable(ctx context.Context, id string) (Mutable, error)

@@ -21,6 +21,10 @@ type world struct {
 	// ids are the finalized records that fill the state, indexed by
 	// indexKey of their place.
 	ids []string
+	// tips are those of them that have no children.
+	tips []string
+	// depths are records at the end of longer chains, by their length.
+	depths map[int]string
 	// turn picks another record for each sample.
 	turn int
 }
@@ -37,7 +41,11 @@ func indexKey(i int) string { return fmt.Sprintf("bench/%08d", i) }
 // newWorld opens a cache in a new directory below dir and fills it with n
 // finalized records.
 func newWorld(ctx context.Context, o Opener, dir string, n int) (_ *world, err error) {
-	w := &world{opener: o, dir: filepath.Join(dir, fmt.Sprintf("%s-%d", o.Name, n))}
+	w := &world{
+		opener: o,
+		dir:    filepath.Join(dir, fmt.Sprintf("%s-%d", o.Name, n)),
+		depths: map[int]string{},
+	}
 	if err := os.Mkdir(w.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -120,6 +128,7 @@ func (w *world) fill(ctx context.Context, n int) error {
 			parent = next
 			w.ids = append(w.ids, next.ID())
 		}
+		w.tips = append(w.tips, parent.ID())
 		if err := parent.Release(ctx); err != nil {
 			return err
 		}
@@ -127,14 +136,40 @@ func (w *world) fill(ctx context.Context, n int) error {
 	return nil
 }
 
-// add makes one finalized record with a file and an indexed value.
+// deep is a record at the end of a chain of n, made when first asked for.
+func (w *world) deep(ctx context.Context, n int) (id string, err error) {
+	if id, ok := w.depths[n]; ok {
+		return id, nil
+	}
+	var parent Immutable
+	for range n {
+		next, err := w.finalized(ctx, parent, nil, "file")
+		if parent != nil {
+			err = errors.Join(err, parent.Release(ctx))
+		}
+		if err != nil {
+			return "", err
+		}
+		parent = next
+	}
+	w.depths[n] = parent.ID()
+	return parent.ID(), parent.Release(ctx)
+}
+
+// add makes the next of the state's records, with an indexed value.
 func (w *world) add(ctx context.Context, parent Immutable) (Immutable, error) {
 	i := len(w.ids)
-	mut, err := w.subject.New(ctx, parent, Value{Name: "bench", Data: fmt.Sprint(i), Index: indexKey(i)})
+	values := []Value{{Name: "bench", Data: fmt.Sprint(i), Index: indexKey(i)}}
+	return w.finalized(ctx, parent, values, fmt.Sprintf("file-%d", i))
+}
+
+// finalized makes one finalized record with a file.
+func (w *world) finalized(ctx context.Context, parent Immutable, values []Value, file string) (Immutable, error) {
+	mut, err := w.subject.New(ctx, parent, values...)
 	if err != nil {
 		return nil, err
 	}
-	if err := mut.WriteFile(ctx, fmt.Sprintf("file-%d", i), make([]byte, fileSize)); err != nil {
+	if err := mut.WriteFile(ctx, file, make([]byte, fileSize)); err != nil {
 		return nil, errors.Join(err, mut.Release(ctx))
 	}
 	imm, err := mut.Commit(ctx)

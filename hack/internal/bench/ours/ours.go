@@ -46,7 +46,15 @@ func (s subject) New(ctx context.Context, parent bench.Immutable, values ...benc
 }
 
 func (s subject) Get(ctx context.Context, id string) (bench.Immutable, error) {
-	ref, err := s.m.Get(ctx, cache.ID(id), cache.GetOptions{})
+	return s.get(ctx, id, cache.GetOptions{})
+}
+
+func (s subject) Look(ctx context.Context, id string) (bench.Immutable, error) {
+	return s.get(ctx, id, cache.GetOptions{NoUpdate: true})
+}
+
+func (s subject) get(ctx context.Context, id string, o cache.GetOptions) (bench.Immutable, error) {
+	ref, err := s.m.Get(ctx, cache.ID(id), o)
 	if err != nil {
 		return nil, err
 	}
