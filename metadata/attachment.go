@@ -50,11 +50,11 @@ func (tx *Tx) SetAttachment(id ID, name string, data []byte) error {
 	}
 	tx.creates = true
 	if r.attachments == 0 {
-		n, err := tx.sequence(bucketAttachment)
+		n, err := tx.newOwner()
 		if err != nil {
 			return err
 		}
-		r.attachments = n + 1
+		r.attachments = n
 		if err := tx.setSequence(bucketAttachment, r.attachments); err != nil {
 			return err
 		}
@@ -64,6 +64,22 @@ func (tx *Tx) SetAttachment(id ID, name string, data []byte) error {
 	}
 	key := attachmentKey(r.attachments, name)
 	return tx.put(bucketAttachment, key, frame(key, data))
+}
+
+// newOwner is a number that no attachment has. One that was given out already
+// can come up only where the counter was damaged.
+func (tx *Tx) newOwner() (uint64, error) {
+	n, err := tx.sequence(bucketAttachment)
+	if err != nil {
+		return 0, err
+	}
+	for n++; ; n++ {
+		c := tx.cursor(bucketAttachment)
+		k, _, ok := c.seek(attachmentKey(n, ""))
+		if owner, _, mine := splitAttachment(k); c.err != nil || !ok || !mine || owner != n {
+			return n, c.err
+		}
+	}
 }
 
 // DeleteAttachment removes an attachment. Errors: not found, for the record

@@ -9,6 +9,9 @@ import (
 
 // The codes of findings. They are stable: tools and scripts go by them.
 const (
+	// CodePageDamaged: a page of the database file cannot be read. What was
+	// in and below it is missing from all that is found after it.
+	CodePageDamaged = "page-damaged"
 	// CodeMetaDamaged: what describes the store cannot be read.
 	CodeMetaDamaged = "meta-damaged"
 	// CodeForeignKey: a key, value or bucket that this package never writes.
@@ -69,7 +72,7 @@ func (tx *Tx) Check() iter.Seq2[Finding, error] {
 			report: func(f Finding) bool { return yield(f, nil) },
 		}
 		steps := []func() bool{
-			c.meta, c.bucketNames, c.records, c.parents,
+			c.pages, c.meta, c.bucketNames, c.records, c.parents,
 			c.derived, c.totals, c.attachments, c.numbers, c.quarantine,
 		}
 		for _, step := range steps {
@@ -101,6 +104,51 @@ type checker struct {
 
 func (c *checker) find(code string, id ID, bucket string, key []byte, format string, args ...any) bool {
 	return c.report(Finding{Code: code, ID: id, Bucket: bucket, Key: string(key), Message: fmt.Sprintf(format, args...)})
+}
+
+// pages looks at all pages, before anything goes by them. A transaction that
+// reads passes over the damaged ones from then on.
+func (c *checker) pages() bool {
+	w := newPageWalk(c.tx.tree)
+	w.goOn = true
+	err := c.tx.guard("look at pages", func() error { w.run(); return nil })
+	if err == nil && c.tx.handle != nil {
+		w.damaged = append(w.damaged, c.tx.handle.usedAndFree(uint64(c.tx.tx.ID()), w.reached)...)
+	}
+	if err != nil {
+		c.tx.fail(err)
+		return true
+	}
+	for _, d := range w.damaged {
+		c.damaged = true
+		if !c.find(CodePageDamaged, "", d.Bucket, []byte(d.Key), "%v", d) {
+			return false
+		}
+	}
+	c.tx.tree.passOver = c.damaged && !c.tx.writable
+	return true
+}
+
+// usedAndFree returns the pages that are in use and in the list of free ones,
+// if the file has one of this transaction.
+func (h *handle) usedAndFree(txid uint64, reached []bool) (bad []*DamagedError) {
+	m, err := newestMeta(h.file)
+	if err != nil || m.txid != txid || m.freelist == boltNoFreelist {
+		return nil
+	}
+	free, err := freePages(fileSource{h.file}, m)
+	if m2, err2 := newestMeta(h.file); err2 != nil || m2.txid != m.txid {
+		return nil // somebody has committed meanwhile
+	}
+	if err != nil {
+		return []*DamagedError{badPage(m.freelist, "%v", err)}
+	}
+	for _, id := range free {
+		if id < uint64(len(reached)) && reached[id] {
+			bad = append(bad, badPage(id, "it is in use and in the list of free ones"))
+		}
+	}
+	return bad
 }
 
 func (c *checker) meta() bool {

@@ -35,7 +35,8 @@ func decodeRecord(id ID, value []byte) (*Record, error) {
 	if err := proto.Unmarshal(payload, &m); err != nil {
 		return nil, damaged(err)
 	}
-	if m.State > math.MaxUint8 || m.Op > math.MaxUint8 || m.OnPowerCut > math.MaxUint8 {
+	// No record has no state: that would be somebody else's frame.
+	if m.State == 0 || m.State > math.MaxUint8 || m.Op > math.MaxUint8 || m.OnPowerCut > math.MaxUint8 {
 		return nil, damaged(fmt.Errorf("state %d, op %d, policy %d", m.State, m.Op, m.OnPowerCut))
 	}
 	return recordFromPB(id, &m), nil

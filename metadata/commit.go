@@ -85,6 +85,7 @@ func (s *Store) commit(tx *Tx, closing bool) error {
 	h := tx.handle
 	h.db.NoFreelistSync = !closing && s.transactions.Load() >= freelistTxs
 	txid := uint64(tx.tx.ID())
+	h.free.Store(nil)
 	err := s.commitBolt(tx)
 	tx.end()
 	if err == nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -20,6 +21,11 @@ type handle struct {
 	pageSize int64
 	// generation grows by one from each file of a store to the next.
 	generation uint64
+
+	// free are the pages that were free when the file was opened, nil once
+	// a transaction is about to use them. A damaged branch that leads to one
+	// would show what was there before: a state of long ago, and whole.
+	free atomic.Pointer[map[uint64]struct{}]
 
 	mu sync.Mutex
 	// Guarded by mu.

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"os"
 )
 
 // bbolt's pages, as far as a reader has to know them: a header of page id,
@@ -133,6 +134,9 @@ func parse(id uint64, b []byte) page {
 	return page{id: id, flags: e.Uint16(b[8:]), count: int(e.Uint16(b[10:])), b: b}
 }
 
+// pagesBehind is how many pages a header says belong to its page.
+func pagesBehind(header []byte) uint64 { return uint64(binary.NativeEndian.Uint32(header[12:])) }
+
 // nestedBucket undoes the value of a bucket. A small bucket has its only page
 // in there.
 func nestedBucket(id uint64, v []byte) (root, sequence uint64, inline *page, err error) {
@@ -191,7 +195,7 @@ func freelistBytes(src source, m boltMeta) ([]byte, error) {
 		return nil, badPage(m.freelist, "%v", err)
 	}
 	e := binary.NativeEndian
-	more := uint64(e.Uint32(b[12:]))
+	more := pagesBehind(b)
 	if have := e.Uint64(b); have != m.freelist || e.Uint16(b[8:]) != pageFreelist || m.freelist+more >= m.used {
 		return nil, badPage(m.freelist, "it is no list of free pages")
 	}
@@ -199,4 +203,20 @@ func freelistBytes(src source, m boltMeta) ([]byte, error) {
 		return nil, badPage(m.freelist, "%v", err)
 	}
 	return b, nil
+}
+
+// freeSet is freePages as a set, nil if they are not stored or not known.
+func freeSet(f *os.File, m boltMeta) *map[uint64]struct{} {
+	if m.freelist == boltNoFreelist {
+		return nil
+	}
+	ids, err := freePages(fileSource{f}, m)
+	if err != nil {
+		return nil
+	}
+	set := make(map[uint64]struct{}, len(ids))
+	for _, id := range ids {
+		set[id] = struct{}{}
+	}
+	return &set
 }

@@ -23,14 +23,14 @@ func (tx *Tx) guard(what string, f func() error) (err error) {
 	if tx.done {
 		return fmt.Errorf("%s: transaction has ended: %w", what, ErrClosed)
 	}
-	if tx.err != nil && tx.tx.Writable() {
+	if tx.err != nil && tx.writable {
 		return tx.err
 	}
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
 			err = recovered(what, p)
-			if tx.tx.Writable() {
+			if tx.writable {
 				tx.fail(err)
 			}
 		}
@@ -53,7 +53,13 @@ func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
 	if b.Writable() {
 		t.checked = map[uint64]struct{}{}
 	}
-	return &Tx{store: s, handle: h, tx: b, tree: t}
+	if h != nil {
+		// Nobody has committed if this is there after the begin.
+		if free := h.free.Load(); free != nil {
+			t.free = *free
+		}
+	}
+	return &Tx{store: s, handle: h, tx: b, tree: t, writable: b.Writable()}
 }
 
 // mapped is the part of the memory map that the transaction sees. It stands
@@ -80,7 +86,7 @@ func (tx *Tx) has(bucket string, key []byte) (ok bool, err error) {
 // transaction sees what it has written, and so has to ask bbolt.
 func (tx *Tx) find(bucket string, key []byte, found func([]byte)) error {
 	return tx.guard("read "+bucket, func() error {
-		if !tx.tx.Writable() {
+		if !tx.writable {
 			v, ok, err := tx.tree.get(bucket, key)
 			if ok {
 				found(v)
@@ -116,7 +122,7 @@ func (tx *Tx) remove(bucket string, key []byte) error {
 
 // change changes a row, or with a nil key what is kept with the bucket.
 func (tx *Tx) change(what, bucket string, key []byte, f func(*bolt.Bucket) error) error {
-	if !tx.tx.Writable() {
+	if !tx.writable {
 		return fmt.Errorf("%s: transaction only reads: %w", what, ErrReadOnly)
 	}
 	err := tx.guard(what, func() error {
@@ -145,7 +151,7 @@ func (tx *Tx) makeBucket(bucket string) error {
 // costs no page of its own.
 func (tx *Tx) sequence(bucket string) (n uint64, err error) {
 	err = tx.guard("read "+bucket, func() error {
-		if !tx.tx.Writable() {
+		if !tx.writable {
 			b, _, err := tx.tree.bucket(bucket)
 			n = b.sequence
 			return err
@@ -225,7 +231,7 @@ func (c *cursor) next() (k, v []byte, ok bool) {
 // step moves by reads, or by bbolt's cursor in a writing transaction.
 func (c *cursor) step(read func() (bool, error), write func(*bolt.Cursor) ([]byte, []byte), from []byte) (k, v []byte, ok bool) {
 	c.err = c.tx.guard("walk "+c.bucket, func() (err error) {
-		if !c.tx.tx.Writable() {
+		if !c.tx.writable {
 			if ok, err = read(); !ok || err != nil {
 				return err
 			}

@@ -196,7 +196,7 @@ func (tx *Tx) Records() iter.Seq2[*Record, error] {
 				continue
 			}
 			r, err := decodeRecord(ID(k), v)
-			if err == nil {
+			if err == nil && tx.store != nil {
 				tx.store.uses.addPending(r, tx.serial())
 			}
 			if !yield(r, err) {

@@ -66,7 +66,8 @@ type Options struct {
 	// "create rename", "create sync", "tx begin", "tx commit", "close
 	// commit", and those of a compaction: "compact file", "compact copy" (each
 	// part), "compact data", "compact commit", "compact rename", "compact
-	// sync".
+	// sync"; and of Repair: "repair file", "repair copy" (each part), "repair
+	// data", "repair keep", "repair rename", "repair sync".
 	Step func(name string) error
 }
 
@@ -156,9 +157,10 @@ func Open(ctx context.Context, path string, o Options) (*Store, error) {
 		return nil, errors.Join(err, closeFile(f))
 	}
 	if !o.ReadOnly {
-		// What somebody left who was killed while compacting. One that cannot
-		// be removed costs space, and is in nobody's way.
+		// What somebody left who was killed while compacting or repairing.
+		// One that cannot be removed costs space, and is in nobody's way.
 		_ = removeIfThere(compactFile(path))
+		_ = removeIfThere(repairFile(path))
 		writeHolder(path, Holder{PID: os.Getpid(), Command: printableCommand(o.Command), Since: time.Now()})
 		s.startFlusher()
 	}
@@ -180,7 +182,9 @@ func openLocked(path string, f *os.File, o Options) (*Store, error) {
 		path: path, opts: o, uses: newUses(), compacting: make(chan struct{}, 1),
 		freelistStored: m.freelist != boltNoFreelist,
 	}
-	s.now.Store(newHandle(f, db, int64(m.pageSize), 0))
+	h := newHandle(f, db, int64(m.pageSize), 0)
+	h.free.Store(freeSet(f, m))
+	s.now.Store(h)
 	var greatest uint64
 	err = s.view(func(tx *Tx) error {
 		if err := checkSchema(tx); err != nil {

@@ -19,6 +19,8 @@ type tree struct {
 	// checked, if not nil, holds pages that have been looked at: nothing
 	// changes them as long as this state can be read.
 	checked map[uint64]struct{}
+	// free, if not nil, are pages that are known not to be in use.
+	free map[uint64]struct{}
 	// passOver makes walks pass over what is damaged, and look-ups find
 	// nothing there.
 	passOver bool
@@ -33,6 +35,9 @@ func (t *tree) page(id uint64, from, to []byte) (page, error) {
 	if id < 2 || id >= t.used {
 		return page{}, badPage(id, "it lies outside of the file")
 	}
+	if _, ok := t.free[id]; ok {
+		return page{}, badPage(id, "it is in use and in the list of free ones")
+	}
 	b, err := t.src.bytes(id*t.pageSize, boltHeader)
 	if err != nil {
 		return page{}, badPage(id, "%v", err)
@@ -41,7 +46,7 @@ func (t *tree) page(id uint64, from, to []byte) (page, error) {
 		return page{}, badPage(id, "it says that it is page %d", have)
 	}
 	p := parse(id, b)
-	p.more = uint64(binary.NativeEndian.Uint32(b[12:]))
+	p.more = pagesBehind(b)
 	if p.flags != pageBranch && p.flags != pageLeaf {
 		return page{}, badPage(id, "it has the flags %#x", p.flags)
 	}

@@ -22,8 +22,10 @@ import (
 type Tx struct {
 	store  *Store
 	handle *handle
-	tx     *bolt.Tx
 	tree   *tree
+	// tx is bbolt's; nil in a look at a file that bbolt has not opened.
+	tx       *bolt.Tx
+	writable bool
 
 	// err, once set, is what the transaction ends in.
 	err error

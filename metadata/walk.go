@@ -6,12 +6,14 @@ type pageWalk struct {
 	t *tree
 	// reached are the pages in use, those behind others among them.
 	reached []bool
+	// tail are pages that belong to one before them.
+	tail    map[uint64]bool
 	todo    []subtree
 	damaged []*DamagedError
 	// goOn makes the walk go on behind a damaged page.
 	goOn bool
-	// leaf, if set, is called for every leaf.
-	leaf func(page)
+	// page, if set, is called for every page that is as it should be.
+	page func(page)
 }
 
 // subtree is a page and the range of the keys in and below it.
@@ -32,7 +34,9 @@ func walkPages(src source, m boltMeta) (*pageWalk, error) {
 	return w, nil
 }
 
-func newPageWalk(t *tree) *pageWalk { return &pageWalk{t: t, reached: make([]bool, t.used)} }
+func newPageWalk(t *tree) *pageWalk {
+	return &pageWalk{t: t, reached: make([]bool, t.used), tail: map[uint64]bool{}}
+}
 
 func (w *pageWalk) run() {
 	w.push(subtree{page: w.t.root})
@@ -73,6 +77,10 @@ func (w *pageWalk) visit(t subtree) {
 			return
 		}
 		w.reached[o] = true
+		w.tail[o] = true
+	}
+	if w.page != nil {
+		w.page(p)
 	}
 	at := position{p: p, from: t.from, to: t.to}
 	for i := range p.count {
@@ -88,8 +96,5 @@ func (w *pageWalk) visit(t subtree) {
 				w.push(subtree{page: root})
 			}
 		}
-	}
-	if w.leaf != nil && !p.isBranch() {
-		w.leaf(p)
 	}
 }
