@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -60,9 +61,9 @@ func (h *Hold) Release() error {
 	f := h.file
 	h.file = nil
 	var errs []error
-	// Only who has the lock alone may unlink, and only the file it has:
+	// Only who keeps the name alone may unlink it, and only the file he has:
 	// somebody may have unlinked ours and made another.
-	alone, err := lockFile(f, unix.F_WRLCK)
+	alone, err := lockByte(f, nameByte, unix.F_WRLCK)
 	errs = append(errs, err)
 	if alone && sameFile(f, h.path) {
 		if err := os.Remove(h.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -71,8 +72,11 @@ func (h *Hold) Release() error {
 	}
 	// Closing would do, were it not for children that are just being
 	// forked: until their exec they have the file, too.
-	_, err = lockFile(f, unix.F_UNLCK)
-	return errors.Join(append(errs, err, f.Close())...)
+	for _, at := range []int64{holdByte, nameByte} {
+		_, err := lockByte(f, at, unix.F_UNLCK)
+		errs = append(errs, err)
+	}
+	return errors.Join(append(errs, f.Close())...)
 }
 
 // held says whether h was not released.
@@ -82,10 +86,21 @@ func (h *Hold) held() bool {
 	return h.file != nil
 }
 
-// lockFile changes the lock on the whole of f without waiting. It says
-// whether it got it.
-func lockFile(f *os.File, how int16) (bool, error) {
-	l := unix.Flock_t{Type: how, Whence: io.SeekStart}
+// The two bytes of a hold file that are locked; they need not exist.
+const (
+	// holdByte is the hold itself, shared or exclusive.
+	holdByte = 0
+	// nameByte is locked shared by each holder and whoever is about to
+	// become one. Who has it exclusively may unlink the file. It is a lock
+	// of its own, so that one who gives up his hold is never taken for a
+	// writer.
+	nameByte = 1
+)
+
+// lockByte changes the lock on a byte of f without waiting. It says whether it
+// got it.
+func lockByte(f *os.File, at int64, how int16) (bool, error) {
+	l := unix.Flock_t{Type: how, Whence: io.SeekStart, Start: at, Len: 1}
 	err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l)
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 		return false, nil
@@ -96,9 +111,10 @@ func lockFile(f *os.File, how int16) (bool, error) {
 	return true, nil
 }
 
-// locked says whether the lock on f could not be had now, without taking it.
-func locked(f *os.File, how int16) (bool, error) {
-	l := unix.Flock_t{Type: how, Whence: io.SeekStart}
+// locked says whether the lock on a byte of f could not be had now, without
+// taking it.
+func locked(f *os.File, at int64, how int16) (bool, error) {
+	l := unix.Flock_t{Type: how, Whence: io.SeekStart, Start: at, Len: 1}
 	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l); err != nil {
 		return false, &os.PathError{Op: "look at the lock of", Path: f.Name(), Err: err}
 	}
@@ -118,22 +134,28 @@ func takeHold(root string, id ID, exclusive bool, command string, now time.Time)
 		if err != nil {
 			return nil, fmt.Errorf("hold record %s: %w", short(id), classify(err))
 		}
+		named, err := lockByte(f, nameByte, unix.F_RDLCK)
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		if !named || !sameFile(f, path) {
+			// The last holder is just unlinking it, or has done so.
+			if err := f.Close(); err != nil {
+				return nil, err
+			}
+			runtime.Gosched()
+			continue
+		}
 		how := int16(unix.F_RDLCK)
 		if exclusive {
 			how = unix.F_WRLCK
 		}
-		got, err := lockFile(f, how)
+		got, err := lockByte(f, holdByte, how)
 		if err == nil && !got {
 			err = &LockedError{ID: id, Holders: readHolders(f)}
 		}
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
-		}
-		if !sameFile(f, path) {
-			if err := f.Close(); err != nil {
-				return nil, err
-			}
-			continue
 		}
 		if exclusive {
 			_ = f.Truncate(0) // what others wrote who were killed
@@ -163,7 +185,7 @@ func testHold(root string, id ID, write bool) (holders []Holder, busy bool, err 
 	if write {
 		how = unix.F_WRLCK
 	}
-	if busy, err = locked(f, how); err != nil || !busy {
+	if busy, err = locked(f, holdByte, how); err != nil || !busy {
 		return nil, false, err
 	}
 	return readHolders(f), true, nil
@@ -212,7 +234,7 @@ func holdFileBusy(root, name string) bool {
 		return !errors.Is(err, fs.ErrNotExist)
 	}
 	defer f.Close()
-	busy, err := locked(f, unix.F_WRLCK)
+	busy, err := locked(f, holdByte, unix.F_WRLCK)
 	return busy || err != nil
 }
 

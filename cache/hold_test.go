@@ -305,3 +305,32 @@ func TestMountsOfAKilledProcessAreCleaned(t *testing.T) {
 	require.NoError(t, removeOne(w, dead.ID()))
 	living.quit()
 }
+
+// Who takes a hold while another one gives his up, and takes the file along,
+// has it all the same.
+func TestHoldsTakenAndGivenUpAtOnce(t *testing.T) {
+	w := newWorld(t, nativeKind)
+	imm := w.layer(nil, "a", "1")
+	var group sync.WaitGroup
+	for range 3 {
+		group.Go(func() {
+			for range 300 {
+				ref, err := imm.Clone()
+				if err == nil {
+					var hold *cache.Hold
+					if hold, err = ref.Detach(w.ctx); err == nil {
+						if _, err := os.Lstat(cache.HoldPath(w.root, imm.ID())); err != nil {
+							panic("held, and nobody can see it: " + err.Error())
+						}
+						err = hold.Release()
+					}
+				}
+				if err != nil {
+					panic(err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	w.release(imm)
+}
