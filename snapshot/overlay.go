@@ -67,7 +67,9 @@ func (o *overlay) fill(_ context.Context, path, from string, view bool) error {
 // whatever the umask or a set-group-id directory above say.
 func likeRoot(upper, from string) error {
 	if from == "" {
-		if err := os.Lchown(upper, os.Geteuid(), os.Getegid()); err != nil {
+		// In a user namespace that does not map our group the kernel calls a
+		// group invalid that the directory has already.
+		if err := os.Lchown(upper, os.Geteuid(), os.Getegid()); err != nil && !errors.Is(err, unix.EINVAL) {
 			return err
 		}
 		return os.Chmod(upper, 0o755)
