@@ -30,6 +30,9 @@ type revision struct {
 	rev uint64
 }
 
+// Done says whether Sync came to an end, be it a bad one: MarkSynced is due.
+func (u *Unsynced) Done() bool { return u.done }
+
 // Len is the number of records on the list.
 func (u *Unsynced) Len() int { return len(u.list) }
 
