@@ -2,7 +2,6 @@ package snapshot
 
 import (
 	"bytes"
-	"errors"
 	"io/fs"
 	"maps"
 	"os"
@@ -170,7 +169,7 @@ func TestLostSealedLine(t *testing.T) {
 func TestNoState(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "info")
 	_, err := readState(path, false)
-	require.True(t, errors.Is(err, fs.ErrNotExist), "%v", err)
+	require.ErrorIs(t, err, fs.ErrNotExist)
 	require.NoError(t, os.WriteFile(path, nil, 0o600))
 	_, err = readState(path, false)
 	require.True(t, errdefs.IsDataLoss(err), "%v", err)

@@ -195,7 +195,8 @@ func (t *tree) restore(e, from entry) error {
 		return err
 	} else if parent != "" && !has {
 		if err := t.join(parent, at); errdefs.IsNotFound(err) {
-			return fmt.Errorf("its parent is gone: %w: %v", errdefs.ErrFailedPrecondition, err)
+			// Its class is about the parent and would mislead here.
+			return fmt.Errorf("its parent is gone: %w: %s", errdefs.ErrFailedPrecondition, err.Error())
 		} else if err != nil {
 			return err
 		}

@@ -33,7 +33,7 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) < 2 {
-		return errors.New("usage: protogen ROOT FILE...")
+		return errors.New("usage: protogen ROOT FILE [FILE...]")
 	}
 	root, files := args[0], args[1:]
 	req, err := compile(ctx, root, files)
