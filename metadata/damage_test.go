@@ -1,12 +1,14 @@
 package metadata
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -36,11 +38,11 @@ func newSpecimen(t *testing.T) *specimen {
 	require.NoError(t, err)
 	sp := &specimen{records: map[ID]*Record{}, data: map[ID][]byte{}, kinds: map[string]int{}}
 	// One transaction each leaves many former pages behind, which look well.
-	for i := range 24 {
+	for i := range 12 {
 		id := ID(fmt.Sprintf("r%02d", i))
 		r := &Record{
 			ID: id, State: Committed, Op: Layer, Key: "key-" + string(id), Type: "t", Size: int64(i),
-			Description: strings.Repeat("d", 500), Values: []Value{{Name: "v", Data: []byte("data"), Index: strings.Repeat("i", 200) + string(id)}},
+			Description: strings.Repeat("d", 900), Values: []Value{{Name: "v", Data: []byte("data"), Index: strings.Repeat("i", 400) + string(id)}},
 		}
 		if i%4 != 0 {
 			r.Parents = []ID{ID(fmt.Sprintf("r%02d", i/4*4))}
@@ -95,7 +97,7 @@ func newSpecimen(t *testing.T) *specimen {
 type outcome struct{ refused, damaged, whole int }
 
 // try opens a damaged store, reads all of it, checks and repairs it.
-func (sp *specimen) try(t *testing.T, dir, what string, b []byte, repair bool, o *outcome) {
+func (sp *specimen) try(t *testing.T, dir, what string, b []byte, repair, look bool, o *outcome) {
 	t.Helper()
 	path := filepath.Join(dir, "s.db")
 	require.NoError(t, os.WriteFile(path, b, 0o600))
@@ -107,7 +109,10 @@ func (sp *specimen) try(t *testing.T, dir, what string, b []byte, repair bool, o
 		}
 		o.refused++
 	} else {
-		lost := sp.readAll(t, what, s)
+		lost := 0
+		if look {
+			lost = sp.readAll(t, what, s)
+		}
 		found, err := check(t, s)
 		switch {
 		case err != nil:
@@ -157,13 +162,13 @@ func (sp *specimen) readAll(t *testing.T, what string, s *Store) (lost int) {
 			if err != nil {
 				return err
 			}
-			require.Equal(t, want, r, what)
+			sp.same(t, what, r)
 			if owner, err := tx.ByKey(want.Key); err == nil {
 				require.Equal(t, id, owner, what)
 			} else {
 				lost++
 			}
-			for _, got := range slices.Collect(tx.ByIndex(want.Values[0].Index)) {
+			for got := range tx.ByIndex(want.Values[0].Index) {
 				require.Equal(t, id, got, what)
 			}
 			if data, have := sp.data[id]; have {
@@ -171,7 +176,7 @@ func (sp *specimen) readAll(t *testing.T, what string, s *Store) (lost int) {
 				if err != nil {
 					return err
 				}
-				require.Equal(t, data, got, what)
+				require.True(t, bytes.Equal(data, got), what)
 			}
 			return nil
 		})
@@ -183,7 +188,7 @@ func (sp *specimen) readAll(t *testing.T, what string, s *Store) (lost int) {
 	err := s.View(t.Context(), func(tx *Tx) error {
 		for r, err := range tx.Records() {
 			if err == nil {
-				require.Equal(t, sp.records[r.ID], r, what)
+				sp.same(t, what, r)
 			}
 		}
 		_, err := tx.Totals()
@@ -199,6 +204,14 @@ func (sp *specimen) readAll(t *testing.T, what string, s *Store) (lost int) {
 		require.ErrorIs(t, err, ErrDamaged, what)
 	}
 	return lost
+}
+
+// same is quick, for it is asked a million times.
+func (sp *specimen) same(t *testing.T, what string, r *Record) {
+	t.Helper()
+	if want := sp.records[r.ID]; want == nil || !reflect.DeepEqual(want, r) {
+		t.Fatalf("%s: record %q is %+v, not %+v", what, r.ID, r, want)
+	}
 }
 
 // repair makes the store whole, out of nothing but what was in it.
@@ -269,15 +282,20 @@ func TestEveryByteFlipped(t *testing.T) {
 			t.Parallel()
 			dir, o := memDir(t), outcome{}
 			b := slices.Clone(sp.content)
-			for i := range sp.pageSize {
+			for i := 0; i < sp.pageSize; i += stride {
 				at := kinds[kind]*sp.pageSize + i
+				// Behind what is in use of a page nobody takes notice.
+				unused := !full() && b[at] == 0 && len(bytes.Trim(b[max(at-16, 0):min(at+16, len(b))], "\x00")) == 0
+				if unused && i%16 != 0 && !strings.HasPrefix(kind, "meta") {
+					continue
+				}
 				flips := []byte{1 << (i % 8)}
 				if full() {
 					flips = []byte{1, 2, 0x80, 0xff}
 				}
 				for _, bits := range flips {
 					b[at] ^= bits
-					sp.try(t, dir, fmt.Sprintf("%s, byte %d, bits %#x", kind, i, bits), b, i%64 < 16 && i < 1024, &o)
+					sp.try(t, dir, fmt.Sprintf("%s, byte %d, bits %#x", kind, i, bits), b, i%64 < 8 && i < 1024, !unused, &o)
 					b[at] ^= bits
 				}
 			}
@@ -293,9 +311,9 @@ func TestEveryPageLost(t *testing.T) {
 	for i := range int(sp.meta.used) {
 		b := slices.Clone(sp.content)
 		clear(b[i*sp.pageSize : (i+1)*sp.pageSize])
-		sp.try(t, dir, fmt.Sprintf("page %d zeroed", i), b, true, &o)
-		sp.try(t, dir, fmt.Sprintf("cut at page %d", i), sp.content[:i*sp.pageSize], true, &o)
-		sp.try(t, dir, fmt.Sprintf("cut in page %d", i), sp.content[:i*sp.pageSize+100], true, &o)
+		sp.try(t, dir, fmt.Sprintf("page %d zeroed", i), b, true, true, &o)
+		sp.try(t, dir, fmt.Sprintf("cut at page %d", i), sp.content[:i*sp.pageSize], true, true, &o)
+		sp.try(t, dir, fmt.Sprintf("cut in page %d", i), sp.content[:i*sp.pageSize+100], true, true, &o)
 	}
 	require.NotZero(t, o.refused)
 	require.NotZero(t, o.damaged)
@@ -315,7 +333,7 @@ func TestEveryBranchAstray(t *testing.T) {
 		for to := range sp.meta.used + 1 {
 			if old := e.Uint64(sp.content[at:]); to != old && to != 0 {
 				e.PutUint64(b[at:], to)
-				sp.try(t, dir, fmt.Sprintf("%d leads to %d instead of %d", at, to, old), b, to%5 == 0, &o)
+				sp.try(t, dir, fmt.Sprintf("%d leads to %d instead of %d", at, to, old), b, to%5 == 0, true, &o)
 			}
 		}
 	}
