@@ -1,6 +1,7 @@
 package contenthash_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -49,20 +50,12 @@ func FuzzLoad(f *testing.F) {
 			seed = binary.LittleEndian.AppendUint16(seed, uint16(len(payload)))
 			seed = append(seed, payload...)
 		}
+		_, err := contenthash.Load(framed(seed))
+		require.NoError(f, err)
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		m := memory{}
-		for i := 0; len(data) >= 2 && i < 50; i++ {
-			n := min(int(binary.LittleEndian.Uint16(data)), len(data)-2)
-			name := "index"
-			if i > 0 {
-				name = pageNames(i)[i-1]
-			}
-			m[name] = contenthash.FramePage(name, data[2:2+n])
-			data = data[2+n:]
-		}
-		contenthash.FixIndex(m["index"], m)
+		m := framed(data)
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		tree, err := contenthash.Load(m)
@@ -82,6 +75,19 @@ func FuzzLoad(f *testing.F) {
 		require.Equal(t, d, d2)
 		require.Equal(t, err == nil, err2 == nil)
 	})
+}
+
+// framed makes pages of fuzzed data.
+func framed(data []byte) memory {
+	m := memory{}
+	names := append([]string{"index"}, pageNames(30)...)
+	for i := 0; len(data) >= 2 && i < len(names); i++ {
+		n := min(int(binary.LittleEndian.Uint16(data)), len(data)-2)
+		m[names[i]] = contenthash.FramePage(names[i], bytes.Clone(data[2:2+n]))
+		data = data[2+n:]
+	}
+	contenthash.FixIndex(m["index"], m)
+	return m
 }
 
 func pageNames(n int) (names []string) {

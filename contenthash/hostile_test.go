@@ -46,7 +46,7 @@ func TestSwappedLink(t *testing.T) {
 	require.NoError(t, unix.Mkfifo(filepath.Join(outside, "sub/fifo"), 0o600))
 	write(t, dir, "d/sub/f", "inside")
 	write(t, dir, "d/f", "inside")
-	require.NoError(t, os.Symlink("../../outside", filepath.Join(dir, "swap")))
+	require.NoError(t, os.Symlink("../outside", filepath.Join(dir, "swap")))
 	paths := []string{"/", "d", "d/f", "d/sub", "d/sub/f"}
 	states := map[string]map[string]bool{}
 	secret := map[string]bool{fresh(t, outside, "f"): true, fresh(t, outside, "sub"): true, fresh(t, outside, "/"): true}
@@ -89,6 +89,28 @@ func TestSwappedLink(t *testing.T) {
 		if p == "d/f" || p == "d/sub/f" || p == "d/sub" {
 			require.Contains(t, states[p], string(d), p)
 		}
+	}
+}
+
+// The same with a file that is swapped for a link to one outside.
+func TestSwappedFile(t *testing.T) {
+	base := scratch(t)
+	dir := filepath.Join(base, "tree")
+	write(t, base, "outside", "secret")
+	write(t, dir, "f", "inside")
+	require.NoError(t, os.Symlink("../outside", filepath.Join(base, "link")))
+	allowed := map[string]bool{fresh(t, dir, "f"): true, fresh(t, base, "link"): true}
+	stop := background(t, func() error {
+		return unix.Renameat2(unix.AT_FDCWD, filepath.Join(dir, "f"), unix.AT_FDCWD, filepath.Join(base, "link"), unix.RENAME_EXCHANGE)
+	})
+	defer stop()
+	for range 3000 {
+		d, err := contenthash.New().Checksum(t.Context(), contenthash.Dir(dir), "f", contenthash.Options{})
+		if err != nil {
+			require.ErrorIs(t, err, contenthash.ErrChanged)
+			continue
+		}
+		require.Contains(t, allowed, string(d))
 	}
 }
 
