@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -28,6 +29,14 @@ var laminaBinary string
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
 func testMain(m *testing.M) int {
+	// A shell starts what it runs in the background with SIGINT ignored, and
+	// the command heeds that. A signal that we catch is as it was by default
+	// in the processes that we start.
+	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		if signal.Ignored(s) {
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
+	}
 	if given := os.Getenv("LAMINA_TEST_BINARY"); given != "" {
 		// Nothing is made here: tests start this program again, and kill it.
 		var err error

@@ -40,6 +40,13 @@ func TestMain(m *testing.M) {
 	if name := os.Getenv(envHelper); name != "" {
 		os.Exit(helpers[name](os.Args[1:]))
 	}
+	// What a shell runs in the background has SIGINT ignored, and hands that
+	// on; what we catch is as it was by default in the processes we start.
+	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		if signal.Ignored(s) {
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
+	}
 	// Under the race detector each process sleeps for a second at its end.
 	if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
 		panic(err)
