@@ -50,7 +50,7 @@ type Report struct {
 // Errors: not found; *LockedError; ErrForeign and ErrNewerSchema for files that
 // are not for this version to repair; ErrDamaged if no meta page can be read,
 // without which nobody can tell a record from what it was before.
-func Repair(ctx context.Context, path string, o Options) (Report, error) {
+func Repair(ctx context.Context, path string, o Options) (report Report, err error) {
 	o = o.withDefaults()
 	if o.ReadOnly {
 		return Report{}, ErrReadOnly
@@ -62,12 +62,12 @@ func Repair(ctx context.Context, path string, o Options) (Report, error) {
 	if err != nil {
 		return Report{}, err
 	}
+	defer func() { err = errors.Join(err, closeFile(f)) }()
 	r := &repair{ctx: ctx, path: path, opts: o, old: f}
-	err = r.run()
-	if err != nil {
-		err = fmt.Errorf("repair %s: %w", path, err)
+	if err := r.run(); err != nil {
+		return r.report, fmt.Errorf("repair %s: %w", path, err)
 	}
-	return r.report, errors.Join(err, closeFile(f))
+	return r.report, nil
 }
 
 type repair struct {
