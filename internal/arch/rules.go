@@ -47,9 +47,11 @@ var rooms = map[string][]string{
 	"metadata":    {},
 	"snapshot":    {},
 	"contenthash": {},
-	"cache":       {"metadata", "snapshot"},
+	"cache":       {"cache/policy", "metadata", "snapshot"},
+	// What goes and what stays is decided on plain data.
+	"cache/policy": {},
 
-	"workspace": {"workspace/sandbox", "workspace/source", "workspace/output", "workspace/internal", "cache", "metadata", "snapshot", "contenthash"},
+	"workspace": {"workspace/sandbox", "workspace/source", "workspace/output", "workspace/internal", "cache", "cache/policy", "metadata", "snapshot", "contenthash"},
 	// What the main job is made of knows no cache: each can be understood,
 	// and used, alone.
 	"workspace/sandbox":  {"workspace/internal", "snapshot"},
@@ -57,8 +59,8 @@ var rooms = map[string][]string{
 	"workspace/output":   {"workspace/internal", "workspace/source"}, // outputs are copied as sources are
 	"workspace/internal": {},
 
-	"migrate":    {"cache", "metadata", "snapshot", "contenthash"},
-	"cmd/lamina": {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "cache", "metadata", "snapshot", "contenthash"},
+	"migrate":    {"cache", "cache/policy", "metadata", "snapshot", "contenthash"},
+	"cmd/lamina": {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "cache", "cache/policy", "metadata", "snapshot", "contenthash"},
 
 	"internal/arch": {},
 }

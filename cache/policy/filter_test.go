@@ -1,0 +1,148 @@
+package policy_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/lamina-build/lamina/cache/policy"
+)
+
+func TestFilters(t *testing.T) {
+	r := &policy.Record{
+		ID: "abc", State: "finalized", Op: "layer", Type: "regular", Key: "app", Description: "make, then test",
+		Labels:   map[string]string{"team": "a", "prio": "7", "io.example/ttl": "36h", "a.b": "x", "cap": "2MB"},
+		Retained: true, Size: 5_000_000, Created: now.Add(-48 * time.Hour), LastUsed: now.Add(-2 * time.Hour), Uses: 3, Cost: time.Minute,
+	}
+	for text, want := range map[string]bool{
+		"id==abc": true, "state!=mutable,op==layer": true, "type~=^reg": true, "key": true, "retained==true": true,
+		`description=="make, then test"`: true, `description~=/make, then/,type==regular`: true, `description~="a,b"`: false,
+		"labels.team==a": true, "labels.team": true, "labels.none": false, `labels."io.example/ttl"==36h`: true, "labels.a.b==x": true,
+		"size>1MB": true, "size>=5MB": true, "size<5MB": false, "size==5000000": true, "size!=5MB": false, "size>4MiB, uses<=3": true,
+		"age>1d": true, "age<2d": false, "idle>1h": true, "idle>=3h": false, "uses>2": true, "uses==3": true, "uses!=3": false,
+		"cost>=1m": true, "cost<60s": false,
+		"labels.prio>6": true, "labels.prio<7": false, "labels.prio>1h": false, `labels."io.example/ttl">1d`: true,
+		`labels."io.example/ttl"<=1d`: false, "labels.cap>1MB": true, "labels.none<5": false, "labels.team>1": false,
+	} {
+		f, err := policy.ParseFilters(text)
+		require.NoError(t, err, text)
+		require.Equal(t, want, f.Match(r, now), text)
+		require.Equal(t, strings.Contains(text, "size"), f.LooksAtSize(), text)
+	}
+	f, err := policy.ParseFilters("id==x", "id==abc")
+	require.NoError(t, err)
+	require.True(t, f.Match(r, now))
+	f, err = policy.ParseFilters()
+	require.NoError(t, err)
+	require.True(t, f.Match(r, now))
+
+	unknown := *r
+	unknown.Size = -1
+	for _, text := range []string{"size<1GB", "size>0", "size!=0"} {
+		f, err := policy.ParseFilters(text)
+		require.NoError(t, err)
+		require.False(t, f.Match(&unknown, now), "nobody knows the size")
+	}
+}
+
+func TestBadFiltersPointAtThePlace(t *testing.T) {
+	for text, at := range map[string]int{
+		"": 0, "type==": 6, "type=regular": 4, "type==regular,": 14, ",type==a": 0, "colour==red": 0,
+		"id==x,colour==red": 6, "size>big": 5, "type==a,size>10%": 13, "uses<-1": 5, "idle>3": 5, "age>": 4,
+		"type~=[": 6, `type~="["`: 6, "labels.prio>high": 12, "type>5": 4, "size": 0, "size~=5": 0, `type=="a`: 6,
+	} {
+		_, err := policy.ParseFilters(text)
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, text)
+		var fe *policy.FilterError
+		require.True(t, errors.As(err, &fe), text)
+		require.Equal(t, at, fe.At, "%s: %v", text, err)
+		require.NotEmpty(t, fe.Reason, text)
+		require.NotEmpty(t, fe.Example, text)
+		require.Equal(t, text, fe.Text)
+		if _, err := policy.ParseFilters(strings.Split(fe.Example, " or ")[0]); err != nil {
+			t.Errorf("%s: the example is wrong, too: %v", text, err)
+		}
+	}
+}
+
+func FuzzFilters(f *testing.F) {
+	for _, s := range []string{`a=="b",size>1`, `labels."x"~=/y/`, `labels.a>1h,`, `type~=|a\||`} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		if filter, err := policy.ParseFilters(text); err == nil {
+			filter.Match(&policy.Record{}, now)
+		} else {
+			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+			_ = err.Error()
+		}
+	})
+}
+
+func TestFiles(t *testing.T) {
+	var b strings.Builder
+	require.NoError(t, policy.Write(&b, policy.Defaults()))
+	got, err := policy.Read(strings.NewReader(b.String()))
+	require.NoError(t, err)
+	require.Equal(t, policy.Defaults(), got)
+
+	got, err = policy.Read(strings.NewReader(`{"version":1,"policies":[{"name":"x","filters":["size>1MB"],"types":["a"],"all":true,
+		"keep_duration":"2d12h","reserved_space":0,"max_used_space":"1GiB","min_free_space":"20%","target_space":12}]}`))
+	require.NoError(t, err)
+	keep := policy.Duration(60 * time.Hour)
+	require.Equal(t, []policy.Policy{{
+		Name: "x", Filters: []string{"size>1MB"}, Types: []string{"a"}, All: true, KeepDuration: &keep,
+		Reserved: policy.Bytes(0), MaxUsed: policy.Bytes(1 << 30), MinFree: policy.Percent(20), Target: policy.Bytes(12),
+	}}, got)
+
+	for text, want := range map[string]string{
+		``:                              "line 1",
+		`{"version":2,"policies":[{}]}`: "version is 2",
+		`{"version":1}`:                 "no policies",
+		"{\"version\":1,\n\"policies\":[{\"max_used\":1}]}":    "line 2",
+		`{"version":1,"policies":[{"max_used_space":"lots"}]}`: `"10GB"`,
+		`{"version":1,"policies":[{"max_used_space":-5}]}`:     "amount",
+		`{"version":1,"policies":[{"max_used_space":1.5}]}`:    "amount",
+		`{"version":1,"policies":[{"keep_duration":48}]}`:      "48h",
+		`{"version":1,"policies":[{"keep_duration":"soon"}]}`:  `"48h"`,
+		`{"version":1,"policies":[{}, {"filters":["x"]}]}`:     "policy 2",
+		`{"version":1,"policies":[{}]} {}`:                     "behind",
+	} {
+		_, err := policy.Read(strings.NewReader(text))
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, text)
+		require.ErrorContains(t, err, want, text)
+	}
+}
+
+func TestAmountsAndDurations(t *testing.T) {
+	d := policy.Disk{Total: 1000}
+	for text, want := range map[string]int64{"0": 0, "10GB": 10e9, "1 KiB": 1024, "1.5MB": 1.5e6, "20%": 200, "0%": 0, "100 %": 1000} {
+		a, err := policy.ParseAmount(text)
+		require.NoError(t, err, text)
+		require.Equal(t, want, a.Of(d), text)
+		again, err := policy.ParseAmount(a.String())
+		require.NoError(t, err)
+		require.Equal(t, a, again)
+	}
+	for _, text := range []string{"", "-1", "1XB", "-5%", "101%", "NaN%", "%", "1,5GB", "99999999EB", "1e400"} {
+		_, err := policy.ParseAmount(text)
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, text)
+		require.ErrorContains(t, err, "for example")
+	}
+	for text, want := range map[string]time.Duration{"0s": 0, "48h": 48 * time.Hour, "7d": 168 * time.Hour, "1w1d1h": 193 * time.Hour, "1.5d": 36 * time.Hour, "90m": 90 * time.Minute} {
+		got, err := policy.ParseDuration(text)
+		require.NoError(t, err, text)
+		require.Equal(t, want, time.Duration(got), text)
+		again, err := policy.ParseDuration(got.String())
+		require.NoError(t, err)
+		require.Equal(t, got, again)
+	}
+	for _, text := range []string{"", "5", "-1h", "1y", "d", "1d-1h", "NaNd", "9999999999w", "1h1d"} {
+		_, err := policy.ParseDuration(text)
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, text)
+	}
+}
