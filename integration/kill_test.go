@@ -130,6 +130,12 @@ func testKilledCommands(t *testing.T, driver string) {
 	}
 	seed := uint64(time.Now().UnixNano())
 	k := &killing{T: t, root: filepath.Join(t.TempDir(), "store"), rand: rand.New(rand.NewPCG(seed, 2)), kept: map[string][]string{}}
+	t.Cleanup(func() {
+		// overlayfs leaves directories behind that an ordinary user has to
+		// open before they can be removed.
+		out, err := exec.Command("chmod", "-R", "u+rwX", k.root).CombinedOutput()
+		require.NoError(t, err, "%s", out)
+	})
 	if out, err := exec.Command(laminaBinary, "--root", k.root, "--driver", driver, "new").CombinedOutput(); err != nil {
 		if driver == "overlay" && os.Geteuid() != 0 {
 			t.Skipf("no overlay for an ordinary user here: %s", out)
