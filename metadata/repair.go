@@ -117,6 +117,9 @@ func (r *repair) examine() (whole bool, err error) {
 	case err == nil && schema > SchemaVersion:
 		return false, fmt.Errorf("schema %d, this version knows %d: %w", schema, SchemaVersion, ErrNewerSchema)
 	case err != nil && !r.ours():
+		if _, err := r.tx.tree.page(m.root, nil, nil); err != nil {
+			return false, err
+		}
 		return false, ErrForeign
 	}
 	find := func(err error) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/metadata"
 )
 
 func newCheck(a *app) *cobra.Command {
@@ -29,8 +31,12 @@ records, and compare the records with the snapshots on the disk. Findings are
 printed one a line, each with a stable code; if there is any the exit code is 5.
 
 Opening the store settles what a killed command left half done, as every command
-does that may write. Beyond that check repairs nothing yet, and says so with
---repair. --read-data reads data again and compares it with digests; no record
+does that may write. With --repair, what is found is repaired as far as it can
+be: every record that can be read goes into a new store file, all that is derived
+is computed again, the former file is kept beside it, and records are compared
+with snapshots anew. A finding that is gone then is printed as repaired; the exit
+code is 5 if one stays. A record in quarantine is one that was damaged and has
+been set aside: it is listed, and counts as repaired. --read-data reads data again and compares it with digests; no record
 has a digest of its data yet, so it reads nothing, and says that, too.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -45,7 +51,7 @@ has a digest of its data yet, so it reads nothing, and says that, too.`,
 		Annotations:       map[string]string{annotateProbes: ""},
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
-	cmd.Flags().BoolVar(&o.repair, "repair", false, "settle what can be settled")
+	cmd.Flags().BoolVar(&o.repair, "repair", false, "repair what can be repaired")
 	cmd.Flags().StringVar(&o.readData, "read-data", "", "read `PERCENT` of the data again")
 	return cmd
 }
@@ -78,21 +84,13 @@ type checkView struct {
 	DurationMS int64 `json:"duration_ms"`
 }
 
-func (a *app) check(cmd *cobra.Command, o checkOptions) (err error) {
+func (a *app) check(cmd *cobra.Command, o checkOptions) error {
 	ctx, began := cmd.Context(), time.Now()
-	m, err := a.open(ctx, changing)
-	if err != nil {
-		return err
+	findings, records, err := a.examine(ctx)
+	if o.repair && (err == nil && !handled(findings) || isDamage(err)) {
+		findings, records, err = a.repair(ctx, findings)
 	}
-	defer shut(m, &err)
-	stop := a.progress("checking", nil)
-	findings, err := collect(ctx, m)
-	stop()
 	if err != nil {
-		return err
-	}
-	records, err := countRecords(ctx, m)
-	if err != nil && len(findings) == 0 {
 		return err
 	}
 	if err := a.printFindings(findings); err != nil {
@@ -106,23 +104,96 @@ func (a *app) check(cmd *cobra.Command, o checkOptions) (err error) {
 	} else {
 		fmt.Fprintf(a.out, "%s, %s, %d ms\n", plural(int(sum.Records), "record"), plural(sum.Findings, "finding"), sum.DurationMS)
 	}
-	if len(findings) == 0 {
+	if handled(findings) {
 		return nil
 	}
 	if o.repair {
-		fmt.Fprintf(a.err, "lamina: --repair: opening the store has settled what it could; what is listed stays\n")
+		fmt.Fprintf(a.err, "lamina: --repair: what is not listed as repaired stays\n")
 	}
 	return statusError(exitDamage)
 }
 
+// examine opens the store, which settles it, and checks it.
+func (a *app) examine(ctx context.Context) (findings []finding, records int64, err error) {
+	m, err := a.open(ctx, changing)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer shut(m, &err)
+	stop := a.progress("checking", nil)
+	findings, err = collect(ctx, m)
+	stop()
+	if err != nil {
+		return nil, 0, err
+	}
+	records, err = countRecords(ctx, m)
+	if len(findings) > 0 {
+		err = nil // that is why
+	}
+	return findings, records, err
+}
+
+// repair repairs and says which findings are gone.
+func (a *app) repair(ctx context.Context, before []finding) (findings []finding, records int64, err error) {
+	root, err := a.root()
+	if err != nil {
+		return nil, 0, err
+	}
+	stop := a.progress("repairing", nil)
+	report, err := cache.Repair(ctx, a.options(root))
+	stop()
+	if err != nil {
+		return nil, 0, err
+	}
+	if !report.Whole {
+		fmt.Fprintf(a.err, "lamina: --repair: %s kept, %d lost, %d set aside, %d without an ancestor; the former file is %s\n",
+			plural(report.Records, "record"), len(report.Lost), len(report.Quarantined), len(report.Descendants), safe(report.Kept))
+	}
+	after, records, err := a.examine(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	stays := map[string]bool{}
+	for _, f := range after {
+		stays[f.name()] = true
+	}
+	for _, f := range report.Findings {
+		before = append(before, finding{Finding: f})
+	}
+	seen := map[string]bool{}
+	for _, f := range before {
+		if !stays[f.name()] && !seen[f.name()] {
+			f.repaired, seen[f.name()] = true, true
+			findings = append(findings, f)
+		}
+	}
+	return append(findings, after...), records, nil
+}
+
+func isDamage(err error) bool { return errors.Is(err, metadata.ErrDamaged) }
+
+// finding is one with what became of it.
+type finding struct {
+	cache.Finding
+	repaired bool
+}
+
+// name tells findings apart.
+func (f finding) name() string { return fmt.Sprintf("%s %q %q %q", f.Code, f.ID, f.Bucket, f.Key) }
+
+// handled says whether no damage is still there.
+func handled(findings []finding) bool {
+	return !slices.ContainsFunc(findings, func(f finding) bool { return !f.repaired })
+}
+
 // collect gathers findings, so that nothing is printed while the store is read.
-func collect(ctx context.Context, m *cache.Manager) ([]cache.Finding, error) {
-	var out []cache.Finding
+func collect(ctx context.Context, m *cache.Manager) ([]finding, error) {
+	var out []finding
 	for f, err := range m.Check(ctx) {
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, f)
+		out = append(out, finding{Finding: f, repaired: f.Code == metadata.CodeRecordQuarantined})
 	}
 	return out, nil
 }
@@ -138,17 +209,24 @@ func countRecords(ctx context.Context, m *cache.Manager) (n int64, err error) {
 	return n, nil
 }
 
-func (a *app) printFindings(findings []cache.Finding) error {
+func word(yes bool) string {
+	if yes {
+		return "yes"
+	}
+	return "no"
+}
+
+func (a *app) printFindings(findings []finding) error {
 	if !a.json && len(findings) > 0 {
-		t := newTable(a.out, "code", "record", "key", "finding")
+		t := newTable(a.out, "code", "record", "key", "finding", "repaired")
 		for _, f := range findings {
-			t.AppendRow(table.Row{f.Code, safe(string(f.ID)), safe(f.Key), safe(f.Message)})
+			t.AppendRow(table.Row{f.Code, safe(string(f.ID)), safe(f.Key), safe(f.Message), word(f.repaired)})
 		}
 		t.Render()
 		return nil
 	}
 	for _, f := range findings {
-		if err := printJSON(a.out, findingView{Code: f.Code, ID: f.ID, Key: f.Key, Message: f.Message}); err != nil {
+		if err := printJSON(a.out, findingView{Code: f.Code, ID: f.ID, Key: f.Key, Message: f.Message, Repaired: f.repaired}); err != nil {
 			return err
 		}
 	}
