@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	ctdmetadata "github.com/containerd/containerd/v2/core/metadata"
@@ -246,16 +247,19 @@ func (i *immutable) Finalize(ctx context.Context) error {
 		return nil
 	}
 	for {
+		// Search waits for the lock, and so for a removal under way. That one
+		// may not have begun is seen by what it leaves.
+		if _, err := i.s.Manager.Search(ctx, "none", false); err != nil {
+			return err
+		}
+		if _, there := i.s.store.Get(other); !there {
+			return nil
+		}
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("wait for the removal of %s: %w", other, err)
 		}
-		if _, there := i.s.store.Get(other); !there {
-			break
-		}
+		runtime.Gosched()
 	}
-	// Any call that takes the manager's lock returns after the goroutine.
-	_, err := i.s.Manager.Search(ctx, "none", false)
-	return err
 }
 
 func (i *immutable) SetValue(_ context.Context, v bench.Value) error {

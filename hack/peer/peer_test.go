@@ -1,6 +1,7 @@
 package peer_test
 
 import (
+	"context"
 	"os"
 	"testing"
 
@@ -10,6 +11,18 @@ import (
 	"github.com/lamina-build/lamina/hack/internal/bench/ours"
 	"github.com/lamina-build/lamina/hack/peer"
 )
+
+// counted is the counter of the whole program, nil where the kernel has none
+// for us; uncounted says why.
+var (
+	counted   *bench.Syncs
+	uncounted error
+)
+
+func TestMain(m *testing.M) {
+	counted, uncounted = bench.CountSyncs()
+	os.Exit(m.Run())
+}
 
 // TestSubjectsAgree runs one story on both subjects: a bench that compares
 // them must make them do the same.
@@ -58,9 +71,12 @@ func TestSubjectsAgree(t *testing.T) {
 			found, err = s.Search(ctx, "key/2")
 			require.NoError(t, err)
 			require.Equal(t, []string{second}, found)
-			child, err = s.Get(ctx, second)
-			require.NoError(t, err)
-			require.NoError(t, child.Release(ctx))
+			for _, get := range []func(context.Context, string) (bench.Immutable, error){s.Get, s.Look} {
+				child, err = get(ctx, second)
+				require.NoError(t, err)
+				require.Equal(t, second, child.ID())
+				require.NoError(t, child.Release(ctx))
+			}
 			require.NoError(t, s.Close())
 		})
 	}
@@ -71,22 +87,37 @@ func TestSubjectsAgree(t *testing.T) {
 // figures that were published no longer compare.
 func TestPeerTransactions(t *testing.T) {
 	needsRoot(t)
-	got := map[string]float64{}
+	tx, syncs := map[string]float64{}, map[string]float64{}
 	c := bench.Config{
 		Openers: []bench.Opener{peer.Opener()},
+		Syncs:   counted,
 		Dir:     t.TempDir(),
 		Sizes:   []int{23},
 		Rounds:  3,
-		Only:    []string{"new", "new-commit-release", "commit", "finalize", "reopen", "release", "search", "set-value", "open"},
+		Only: []string{
+			"new", "new-commit-release", "commit", "finalize", "reopen", "get-release", "get-no-update",
+			"release", "search", "set-value", "open",
+		},
 	}
 	require.NoError(t, bench.Run(t.Context(), c, func(r bench.Result) error {
-		got[r.Name] = r.Figures[0].Transactions
+		tx[r.Name] = r.Figures[0].Transactions
+		if n := r.Figures[0].Syncs; n != nil {
+			syncs[r.Name] = *n
+		}
 		return nil
 	}))
-	require.Equal(t, map[string]float64{
-		"new": 8, "new-commit-release": 12, "commit": 2, "finalize": 7, "reopen": 1,
+	want := map[string]float64{
+		"new": 8, "new-commit-release": 12, "commit": 2, "finalize": 7, "reopen": 1, "get-release": 1, "get-no-update": 0,
 		"release": 2, "search": 0, "set-value": 1, "open": 0,
-	}, got)
+	}
+	require.Equal(t, want, tx)
+	if counted == nil {
+		t.Skipf("syncs are not looked at: %v", uncounted)
+	}
+	for name := range want {
+		want[name] *= 2
+	}
+	require.Equal(t, want, syncs, "two for each transaction")
 }
 
 func needsRoot(t *testing.T) {

@@ -47,7 +47,7 @@ func TestAllOperations(t *testing.T) {
 		require.Equal(t, bench.Limit, r.Figures[1].Subject)
 		require.NotEmpty(t, r.Note)
 		for _, f := range r.Figures {
-			require.Equal(t, 2, f.Samples)
+			require.Positive(t, f.Samples)
 			require.Positive(t, f.Median)
 			require.LessOrEqual(t, f.Low, f.Median)
 			require.LessOrEqual(t, f.Median, f.High)

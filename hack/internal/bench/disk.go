@@ -13,11 +13,11 @@ import (
 // diskSize holds the states of 10,000 records of all subjects.
 const diskSize = 3 << 30
 
-// withLoopDisk runs do with the root of a new ext4 file system, in a file
-// below dir that has all its blocks. Only there are two runs alike: the age of
+// withLoopDisk runs do with the root of a new ext4 file system, in a file of
+// size bytes below dir that has all its blocks. Only there are two runs alike: the age of
 // a file system decides how dear a new inode is, and one that discards makes
 // inodes several times dearer for minutes after a mass removal. It needs root.
-func withLoopDisk(ctx context.Context, dir string, do func(root string) error) (err error) {
+func withLoopDisk(ctx context.Context, dir string, size int64, do func(root string) error) (err error) {
 	dir, err = os.MkdirTemp(dir, "lamina-bench-disk-")
 	if err != nil {
 		return err
@@ -25,8 +25,8 @@ func withLoopDisk(ctx context.Context, dir string, do func(root string) error) (
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 
 	image, root := filepath.Join(dir, "image"), filepath.Join(dir, "root")
-	if err := writeZeros(ctx, image); err != nil {
-		return fmt.Errorf("make a disk of %d GiB: %w", diskSize>>30, err)
+	if err := writeZeros(ctx, image, size); err != nil {
+		return fmt.Errorf("make a disk of %d MiB: %w", size>>20, err)
 	}
 	if err := os.Mkdir(root, 0o700); err != nil {
 		return err
@@ -46,13 +46,13 @@ func withLoopDisk(ctx context.Context, dir string, do func(root string) error) (
 
 // writeZeros makes a file with nothing but zeros that are really written:
 // blocks that are only reserved are dearer at their first write.
-func writeZeros(ctx context.Context, path string) error {
+func writeZeros(ctx context.Context, path string, size int64) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	zeros := make([]byte, 4<<20)
-	for at := int64(0); at < diskSize && err == nil; at += int64(len(zeros)) {
+	for at := int64(0); at < size && err == nil; at += int64(len(zeros)) {
 		if err = ctx.Err(); err == nil {
 			_, err = f.Write(zeros)
 		}

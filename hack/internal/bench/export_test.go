@@ -1,4 +1,7 @@
 package bench
 
-// Transactions is transactions, for the tests.
-var Transactions = transactions
+// For the tests.
+var (
+	Transactions = transactions
+	WithLoopDisk = withLoopDisk
+)

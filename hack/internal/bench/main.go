@@ -97,7 +97,7 @@ func Main(ctx context.Context, args []string, env Environment) int {
 	}
 	if s.disk == "loop" {
 		s.progress("making a file system")
-		err = withLoopDisk(ctx, s.Dir, measure)
+		err = withLoopDisk(ctx, s.Dir, diskSize, measure)
 	} else {
 		err = measure(s.Dir)
 	}

@@ -17,7 +17,8 @@ type operation struct {
 	batch int
 	// parts is how many operations one run with n consists of, one if nil.
 	parts func(n int) int
-	// rounds bounds the rounds of an operation whose runs are long.
+	// rounds bounds the rounds of an operation whose runs are long; there is
+	// one for each five of the others.
 	rounds int
 	// ns are the numbers to measure it with where they are not that of the
 	// records in the state.

@@ -78,6 +78,9 @@ func Run(ctx context.Context, c Config, report func(Result) error) (err error) {
 	if err != nil {
 		return err
 	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, removeAll(dir)) }()
 
 	for i, size := range c.Sizes {
@@ -115,17 +118,21 @@ type contender struct {
 
 // runSize builds a state of size records for each subject and measures ops on it.
 func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operation, report func(Result) error) (err error) {
-	var all []contender
-	for _, o := range c.Openers {
-		c.progress(fmt.Sprintf("building %d records for %s", size, o.Name))
-		w, err := newWorld(ctx, o, dir, size)
-		if err != nil {
-			return err
+	c.progress(fmt.Sprintf("building %d records", size))
+	worlds, err := c.build(ctx, dir, size)
+	defer func() {
+		for _, w := range worlds {
+			err = errors.Join(err, w.close(ctx))
 		}
-		defer func() { err = errors.Join(err, w.close(ctx)) }()
+	}()
+	if err != nil {
+		return err
+	}
+	var all []contender
+	for _, w := range worlds {
 		all = append(all, contender{
-			name:      o.Name,
-			databases: o.Databases(w.dir),
+			name:      w.opener.Name,
+			databases: w.opener.Databases(w.dir),
 			prepare: func(ctx context.Context, op operation, n int) (sample, error) {
 				return op.prepare(ctx, w, n)
 			},
@@ -165,6 +172,17 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 	return nil
 }
 
+// build makes the states of all subjects at once. Those that it made are
+// returned with the error of another, too.
+func (c *Config) build(ctx context.Context, dir string, size int) ([]*world, error) {
+	worlds := make([]*world, len(c.Openers))
+	err := together(len(c.Openers), func(i int) (err error) {
+		worlds[i], err = newWorld(ctx, c.Openers[i], dir, size)
+		return err
+	})
+	return slices.DeleteFunc(worlds, func(w *world) bool { return w == nil }), err
+}
+
 func (c *Config) progress(what string) {
 	if c.Progress != nil {
 		c.Progress(what)
@@ -183,7 +201,7 @@ func (c *Config) measure(ctx context.Context, op operation, n int, all []contend
 	warmup, rounds := 2, c.Rounds
 	if op.rounds > 0 {
 		// One run of these is many operations.
-		warmup, rounds = 1, min(rounds, op.rounds)
+		warmup, rounds = 1, min(max(rounds/5, 1), op.rounds)
 	}
 	for round := range warmup + rounds {
 		for i := range all {

@@ -15,7 +15,8 @@ import (
 // its own.
 func Opener() bench.Opener {
 	return bench.Opener{
-		Name: bench.Ours,
+		Name:     bench.Ours,
+		Portable: true,
 		Open: func(ctx context.Context, dir string) (bench.Subject, error) {
 			m, err := cache.Open(ctx, cache.Options{Root: dir, SyncInterval: -1})
 			if err != nil {
