@@ -1,0 +1,33 @@
+package cache_test
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Code in the page for embedders is code that the Examples run.
+func TestEmbeddingShowsWhatTheExamplesRun(t *testing.T) {
+	page, err := os.ReadFile("../docs/embedding.md")
+	require.NoError(t, err)
+	examples, err := os.ReadFile("example_test.go")
+	require.NoError(t, err)
+	code := "\n" + withoutIndent(string(examples))
+	blocks := strings.Split(string(page), "```go\n")[1:]
+	require.Greater(t, len(blocks), 10)
+	for _, block := range blocks {
+		block, _, ended := strings.Cut(block, "```\n")
+		require.True(t, ended)
+		require.Contains(t, code, "\n"+withoutIndent(block))
+	}
+}
+
+func withoutIndent(code string) string {
+	var b strings.Builder
+	for line := range strings.Lines(code) {
+		b.WriteString(strings.TrimLeft(line, "\t"))
+	}
+	return b.String()
+}
