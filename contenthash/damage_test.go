@@ -90,7 +90,7 @@ func TestStoreThatFails(t *testing.T) {
 	tree, err := contenthash.Load(brokenStore{bad})
 	require.ErrorIs(t, err, bad)
 	var damaged *contenthash.DamagedError
-	require.False(t, errors.As(err, &damaged))
+	require.NotErrorAs(t, err, &damaged)
 	require.Equal(t, fresh(t, dir, "/"), sum(t, tree, dir, "/", contenthash.Options{}))
 }
 

@@ -392,3 +392,21 @@ func (d *decoder) epoch(trusted bool) uint32 {
 	}
 	return 0
 }
+
+// UnconfirmStored returns a stored index page changed so that all entries of
+// the tree have to be validated, whatever the pages say: what belongs into the
+// transaction that gives a snapshot to a writer. Other pages stay as they are.
+func UnconfirmStored(index []byte) ([]byte, error) {
+	if _, _, err := open(indexName, index, maxIndex); err != nil {
+		return nil, &DamagedError{Page: indexName, Err: err}
+	}
+	out := slices.Clone(index)
+	if len(out) > pageHead {
+		out[pageHead] = out[pageHead]&^iTrust | trustNone
+	}
+	endPage(indexName, out)
+	return out, nil
+}
+
+// IndexPage is the name of the index page, the one that UnconfirmStored takes.
+const IndexPage = indexName

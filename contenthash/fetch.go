@@ -245,7 +245,7 @@ func (f *fetch) readAll(rd *reader, path string, nodes []*node) error {
 	if err != nil {
 		return failed("open", path, err)
 	}
-	defer unix.Close(fd) //nolint:errcheck // only read from
+	defer unix.Close(fd)
 	return f.readIn(rd, fd, path, nodes)
 }
 
@@ -377,7 +377,7 @@ func (f *fetch) visitDir(rd *reader, v visit) error {
 		if err != nil {
 			return failed("open", v.path, err)
 		}
-		defer unix.Close(fd) //nolint:errcheck // only read from
+		defer unix.Close(fd)
 		if err := f.readDir(rd, fd, v); err != nil {
 			return failed("read", v.path, err)
 		}

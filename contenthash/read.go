@@ -3,6 +3,7 @@ package contenthash
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"hash"
 	"time"
 
@@ -92,7 +93,7 @@ func (r *reader) entry(at int, name string, hint kind, digest bool) (facts, erro
 			f, ok, err = r.look(at, name, digest)
 		}
 		switch {
-		case err == unix.ENOENT || err == unix.ENOTDIR:
+		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
 			return facts{gone: true}, nil
 		case err != nil:
 			return facts{}, err
@@ -152,7 +153,7 @@ func (r *reader) header(st *unix.Stat_t) rawHeader {
 }
 
 func retryIf(err, again error) error {
-	if err == again {
+	if errors.Is(err, again) {
 		return nil
 	}
 	return err
@@ -167,13 +168,13 @@ func same(a, b *unix.Stat_t) bool {
 // else blocks or has an effect: a link is not followed, a FIFO does not wait.
 func (r *reader) file(at int, name string) (f facts, ok bool, err error) {
 	fd, err := openat(at, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY)
-	if err == unix.ELOOP || err == unix.ENXIO {
+	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
 		return f, false, nil // a link or a socket: hint is now unknown
 	}
 	if err != nil {
 		return f, false, err
 	}
-	defer unix.Close(fd) //nolint:errcheck // only read from
+	defer unix.Close(fd)
 	started := r.now()
 	var st, after unix.Stat_t
 	if err := fstat(fd, &st); err != nil {

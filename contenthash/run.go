@@ -37,10 +37,6 @@ func (r *run) forgetWants() {
 	r.looks, r.scans, r.reads, r.readRoot = nil, nil, nil, false
 }
 
-func (r *run) wants() bool {
-	return len(r.looks)+len(r.scans)+len(r.reads) > 0 || r.readRoot
-}
-
 func (r *run) wantLook(path string) {
 	if r.looks == nil {
 		r.looks = map[string]struct{}{}

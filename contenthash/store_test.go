@@ -177,5 +177,25 @@ func TestPagesShrink(t *testing.T) {
 	loaded, err := contenthash.Load(m)
 	require.NoError(t, err)
 	require.Equal(t, want, sum(t, loaded, "/nowhere", "/", contenthash.Options{}))
-	require.Equal(t, fresh(t, dir, "/"), want)
+	require.Equal(t, want, fresh(t, dir, "/"))
+}
+
+// A stored tree can be made unconfirmed without loading it.
+func TestUnconfirmStored(t *testing.T) {
+	dir := t.TempDir()
+	manyFiles(t, dir, 3, 10)
+	tree := contenthash.New()
+	sum(t, tree, dir, "/", contenthash.Options{})
+	m := memory{}
+	m.save(tree)
+	index, err := contenthash.UnconfirmStored(m[contenthash.IndexPage])
+	require.NoError(t, err)
+	m[contenthash.IndexPage] = index
+	write(t, dir, "dir00/sub0000/file03", "x y")
+	loaded, err := contenthash.Load(m)
+	require.NoError(t, err)
+	require.False(t, loaded.Confirmed())
+	require.Equal(t, fresh(t, dir, "/"), sum(t, loaded, dir, "/", contenthash.Options{}))
+	_, err = contenthash.UnconfirmStored([]byte("rubbish"))
+	require.ErrorAs(t, err, new(*contenthash.DamagedError))
 }
