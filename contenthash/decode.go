@@ -71,6 +71,7 @@ func (t *Tree) load(s Store, index []byte) error {
 		return &DamagedError{Page: indexName, Err: err}
 	}
 	d := decoder{t: t, trust: trust}
+	t.oldest = d.epoch(trust == trustAll)
 	for i, p := range t.pages.list {
 		name := pageName(p.number)
 		data, err := s.Page(name)

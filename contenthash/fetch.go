@@ -321,6 +321,7 @@ func (f *fetch) lost(path string) {
 		if n == nil {
 			return
 		}
+		f.t.oldest = 0
 		for p := n; p != nil; p = p.parent {
 			p.epoch = 0
 			if p.dir != nil {

@@ -246,6 +246,9 @@ func (t *Tree) trustMode() byte {
 	if t.writing {
 		return trustNone
 	}
+	if t.oldest >= t.trusted {
+		return trustAll // known without a walk
+	}
 	var yes, no bool
 	t.eachFact(t.root, func(n *node) {
 		if t.trusts(n) {
@@ -260,6 +263,7 @@ func (t *Tree) trustMode() byte {
 	case no:
 		return trustNone
 	default:
+		t.oldest = t.trusted
 		return trustAll
 	}
 }

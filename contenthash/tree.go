@@ -39,6 +39,8 @@ type Tree struct {
 	// nodes with an epoch of at least trusted. Reading a fact gives its node
 	// the current epoch.
 	epoch, trusted uint32
+	// oldest is not above the epoch of any node.
+	oldest uint32
 	// writing says that somebody may change files: between Unconfirm and
 	// Confirm or Seal. before is what Confirm makes of trusted.
 	writing bool
@@ -63,6 +65,7 @@ func New() *Tree {
 		now:        func() int64 { return time.Now().UnixNano() },
 	}
 	t.reset()
+	t.oldest = t.epoch
 	return t
 }
 
