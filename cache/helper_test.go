@@ -24,7 +24,7 @@ import (
 const helperEnv = "LAMINA_CACHE_TEST_HELPER"
 
 func runHelper(name string, args []string) int {
-	helpers := map[string]func(args []string) error{"hold": helpHold, "load": helpLoad}
+	helpers := map[string]func(args []string) error{"hold": helpHold, "load": helpLoad, "private": helpPrivate}
 	if err := helpers[name](args); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -67,11 +67,16 @@ type helper struct {
 }
 
 func startHelper(t testing.TB, name string, args ...string) *helper {
+	return startHelperIn(t, nil, name, args...)
+}
+
+func startHelperIn(t testing.TB, namespaces *syscall.SysProcAttr, name string, args ...string) *helper {
 	self, err := os.Executable()
 	require.NoError(t, err)
 	h := &helper{t: t, cmd: exec.CommandContext(t.Context(), self, args...)}
 	h.cmd.Env = append(os.Environ(), helperEnv+"="+name, "GORACE=atexit_sleep_ms=0")
 	h.cmd.Stderr = os.Stderr
+	h.cmd.SysProcAttr = namespaces
 	h.stdin, err = h.cmd.StdinPipe()
 	require.NoError(t, err)
 	out, err := h.cmd.StdoutPipe()
@@ -173,4 +178,19 @@ func helpHold(args []string) (err error) {
 		err = mnt.Unmount()
 	}
 	return errors.Join(err, hold.Release())
+}
+
+// helpPrivate opens a store and closes it, as a process does that has a mount
+// namespace of its own.
+func helpPrivate(args []string) error {
+	root, kindName, boot := args[0], args[1], args[2]
+	d, err := kindNamed(kindName).open(root)
+	if err != nil {
+		return err
+	}
+	m, err := cache.Open(context.Background(), cache.Options{Root: root, Driver: d, BootID: boot, PrivateMounts: true})
+	if err != nil {
+		return err
+	}
+	return errors.Join(m.Close(), d.Close())
 }

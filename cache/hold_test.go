@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -303,6 +304,24 @@ func TestMountsOfAKilledProcessAreCleaned(t *testing.T) {
 	require.Equal(t, "b=2", readTree(t, livePath))
 	require.ErrorIs(t, os.WriteFile(filepath.Join(livePath, "x"), nil, 0o600), unix.EROFS)
 	require.NoError(t, removeOne(w, dead.ID()))
+	living.quit()
+}
+
+// So it is if the next one to open the store is in another mount namespace.
+func TestMountsOfAKilledProcessAreCleanedFromAfar(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	dead, alive := w.layer(nil, "a", "1"), w.layer(nil, "b", "2")
+	w.release(dead, alive)
+	killed, deadPath := startHolder(w, dead.ID(), false, true)
+	living, livePath := startHolder(w, alive.ID(), false, true)
+	killed.kill()
+	startHelperIn(t, &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}, "private", w.root, w.kind.name, w.boot).quit()
+	_, err := os.Lstat(deadPath)
+	require.ErrorIs(t, err, os.ErrNotExist)
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(deadPath))
+	require.NoError(t, err)
+	require.Empty(t, mounts)
+	require.Equal(t, "b=2", readTree(t, livePath))
 	living.quit()
 }
 

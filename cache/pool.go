@@ -298,7 +298,8 @@ func (p *pool) liftGround() error {
 }
 
 // cleanStale unmounts what a killed process left below the mount points, but
-// not what a living one uses, which held says by the id's fileName.
+// not what a living one uses, which held says by the id's fileName. Removing a
+// mount point takes the mounts on it away in all other namespaces, too.
 func (p *pool) cleanStale(held func(name string) bool) error {
 	dir, err := filepath.EvalSymlinks(p.dir)
 	if err != nil {

@@ -72,7 +72,7 @@ func sign(ctx context.Context, mut *cache.MutableRef, was cache.ID) error {
 	path := filepath.Join(mnt.Path(), "id")
 	if was != "" {
 		if data, rerr := os.ReadFile(path); rerr != nil || cache.ID(data) != was {
-			err = fmt.Errorf("record %s took over from %s, which held %q, %v", mut.ID(), was, data, rerr)
+			err = errors.Join(rerr, fmt.Errorf("record %s took over from %s, which held %q", mut.ID(), was, data))
 		}
 	}
 	return errors.Join(err, os.WriteFile(path, []byte(mut.ID()), 0o644), mnt.Unmount())
