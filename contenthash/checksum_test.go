@@ -330,3 +330,77 @@ func TestUnreadable(t *testing.T) {
 	require.ErrorContains(t, err, "/d/f")
 	sum(t, contenthash.New(), dir, "/", contenthash.Options{ExcludePatterns: []string{"d/f"}})
 }
+
+// Changes are reported while others ask. In the end the digest is right, and
+// what was read before a change is not taken for what is there after it.
+func TestChangesWhileAsking(t *testing.T) {
+	dir := scratch(t)
+	manyFiles(t, dir, 4, 10)
+	tree := contenthash.New()
+	i := 0
+	stop := background(t, func() error {
+		i++
+		p := "dir00/sub0000/file" + []string{"00", "03", "07"}[i%3]
+		if err := os.WriteFile(filepath.Join(dir, p), []byte(strings.Repeat("x", i%1000)), 0o644); err != nil {
+			return err
+		}
+		if i%5 == 0 {
+			p = "dir01"
+			if err := os.Rename(filepath.Join(dir, p), filepath.Join(dir, "moved")); err != nil {
+				return err
+			}
+			if err := os.Rename(filepath.Join(dir, "moved"), filepath.Join(dir, p)); err != nil {
+				return err
+			}
+			if err := tree.HandleChange(contenthash.Change{Kind: contenthash.Delete, Path: "moved"}); err != nil {
+				return err
+			}
+			return tree.HandleChange(contenthash.Change{Kind: contenthash.Add, Path: p, Mode: fs.ModeDir})
+		}
+		return tree.HandleChange(contenthash.Change{Kind: contenthash.Modify, Path: p})
+	})
+	for j := range 300 {
+		d, err := tree.Checksum(t.Context(), contenthash.Dir(dir), []string{"/", "dir00", "dir01"}[j%3], contenthash.Options{})
+		if err != nil {
+			require.True(t, errors.Is(err, contenthash.ErrChanged) || errors.Is(err, errdefs.ErrNotFound), "%v", err)
+		} else {
+			require.NotEmpty(t, d)
+		}
+		if j%10 == 0 {
+			tree.Save()
+		}
+	}
+	stop()
+	require.Equal(t, fresh(t, dir, "/"), sum(t, tree, dir, "/", contenthash.Options{}))
+}
+
+// A change that is reported while the file is being read counts: what was read
+// is that of before.
+func TestChangeWhileReading(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir, "f", "old")
+	tree := contenthash.New()
+	done := false
+	tree.SetClock(func() time.Time {
+		// The clock is asked when the file is open.
+		if open, _ := filepath.Glob("/proc/self/fd/*"); !done && isOpen(open, filepath.Join(dir, "f")) {
+			done = true
+			write(t, dir, "new", "new")
+			require.NoError(t, os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, "f")))
+			require.NoError(t, tree.HandleChange(contenthash.Change{Kind: contenthash.Modify, Path: "f"}))
+		}
+		return time.Now()
+	})
+	got := sum(t, tree, dir, "/", contenthash.Options{})
+	require.True(t, done)
+	require.Equal(t, fresh(t, dir, "/"), got)
+}
+
+func isOpen(fds []string, file string) bool {
+	for _, fd := range fds {
+		if target, _ := os.Readlink(fd); target == file {
+			return true
+		}
+	}
+	return false
+}

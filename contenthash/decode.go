@@ -403,7 +403,7 @@ func UnconfirmStored(index []byte) ([]byte, error) {
 	}
 	out := slices.Clone(index)
 	if len(out) > pageHead {
-		out[pageHead] = out[pageHead]&^iTrust | trustNone
+		out[pageHead] &^= iTrust // trustNone
 	}
 	endPage(indexName, out)
 	return out, nil

@@ -121,11 +121,15 @@ func (f *fetch) look(rd *reader, path string) error {
 			return failed("look at", path, err)
 		}
 		var c *node
-		f.apply(func() { c = f.put(n, name, got) })
+		isDir := false
+		f.apply(func() {
+			c = f.put(n, name, got)
+			isDir = c != nil && c.kind == kindDir
+		})
 		if got.gone {
 			f.missing[strings.TrimSuffix(path[:len(path)-len(rest)], "/")] = true
 		}
-		if c == nil || c.kind != kindDir || !more {
+		if !isDir || !more {
 			return nil
 		}
 		next, err := openat(at, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW)
@@ -342,8 +346,12 @@ func joinPath(dir, name string) string {
 // scan reads the names in a directory and below, with digests if asked to.
 func (f *fetch) scan(rd *reader, s scan) error {
 	v := visit{path: s.path, deep: true, header: s.hash, hash: s.hash, prune: s.prune}
-	ok := f.current(func() { v.node = f.t.find(s.path) })
-	if !ok || v.node == nil || v.node.kind != kindDir {
+	isDir := false
+	f.current(func() {
+		v.node = f.t.find(s.path)
+		isDir = v.node != nil && v.node.kind == kindDir
+	})
+	if !isDir {
 		return nil
 	}
 	return f.visitDir(rd, v)

@@ -15,7 +15,7 @@ import (
 // TestPeer compares with what BuildKit's own code answered. Where this fails,
 // hack/peer/contenthash shows which question has which answer.
 func TestPeer(t *testing.T) {
-	needRoot(t)
+	needRoot(t, "the trees hold devices, owners and trusted attributes")
 	golden, err := contenthashtest.ReadGolden("testdata/peer.txt")
 	require.NoError(t, err)
 	require.Len(t, golden, 2000)

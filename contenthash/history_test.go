@@ -209,7 +209,7 @@ func (h *history) change() {
 		}
 	case "chmod":
 		if exists && old.Mode()&fs.ModeSymlink == 0 {
-			must(h.T, os.Chmod(h.abs(p), rapid.SampledFrom([]fs.FileMode{0o700, 0o755, 0o644}).Draw(h.T, "mode")))
+			must(h.T, os.Chmod(h.abs(p), rapid.SampledFrom([]fs.FileMode{0o700, 0o755, 0o711}).Draw(h.T, "mode")))
 		}
 	case "xattr":
 		if exists && (old.Mode().IsRegular() || old.IsDir()) {

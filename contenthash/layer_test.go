@@ -25,7 +25,7 @@ type stack struct {
 }
 
 func newStack(t *testing.T) *stack {
-	needRoot(t)
+	needRoot(t, "it mounts overlays")
 	return &stack{t: t, dir: scratch(t)}
 }
 

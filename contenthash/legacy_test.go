@@ -97,7 +97,7 @@ func TestImport(t *testing.T) {
 
 // Before v0.11 owners did not count.
 func TestImportWithoutOwners(t *testing.T) {
-	needRoot(t)
+	needRoot(t, "it changes owners")
 	dir := t.TempDir()
 	write(t, dir, "d/f", "x")
 	root := fresh(t, dir, "/")
