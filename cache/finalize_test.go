@@ -176,3 +176,21 @@ func TestGetRacesWithRemove(t *testing.T) {
 		}
 	}
 }
+
+// A caller's function that panics leaves the record as it was.
+func TestAnEditThatPanics(t *testing.T) {
+	w := newWorld(t, nativeKind)
+	imm := w.layer(nil, "a", "1")
+	boom := func(*cache.Edit) error { panic("boom") }
+	require.PanicsWithValue(t, "boom", func() { _ = imm.Edit(w.ctx, boom) })
+	w.release(imm)
+	require.PanicsWithValue(t, "boom", func() {
+		_, _ = w.GetMutableWith(w.ctx, imm.ID(), cache.ReopenOptions{Edit: boom})
+	})
+	mut, err := w.GetMutable(w.ctx, imm.ID())
+	require.NoError(t, err)
+	require.PanicsWithValue(t, "boom", func() {
+		_, _ = mut.CommitWith(w.ctx, cache.CommitOptions{Edit: boom})
+	})
+	w.release(w.commit(mut))
+}

@@ -110,11 +110,13 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 	if err != nil {
 		return nil, err
 	}
+	gone := false
+	defer func() { leave(gone) }() // also if o.Edit panics
 	next, err := m.replace(ctx, e.id, o)
-	leave(err == nil)
 	if err != nil {
 		return nil, err
 	}
+	gone = true
 	m.lock()
 	defer m.unlock()
 	ne := m.entryLocked(next.ID)
