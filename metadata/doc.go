@@ -68,12 +68,33 @@
 // on with ErrUnknownOutcome, and the next Open reads the truth.
 //
 // The file is locked with flock, shared by readers, for as long as a store
-// is open. It appears whole, by a rename.
+// is open. It appears whole, by a rename, and so does the one that Compact
+// writes in its place; the lock is never free in between.
+//
+// A transaction that makes the store larger leaves free pages that have their
+// blocks on the disk, so that others, removals above all, succeed on a disk
+// that is full. Opening, looking and removing need no free byte and no inode.
 //
 // # Damage
 //
+// bbolt believes its pages, and a page that leads back to itself ends the
+// process. So rows are read by a reader of our own, which looks at each page
+// before it goes by it, and pages that bbolt is going to change are looked at
+// first. A page that cannot be read is an error of the call that needed it.
+//
+// Close seals the file: with a copy of the newest meta page and a checksum of
+// the list of free pages, in a part of the other meta page that bbolt does not
+// use. Open believes a file that is sealed, at the cost of a few pages, and
+// restores the newest meta page from its copy if need be. In one that is not,
+// somebody was killed: then all pages are looked at before it is written.
+//
 // A file that is cut off, foreign or of a newer schema is refused before it
 // is mapped or changed. A record that cannot be read is an error that names
-// it, costs nobody else anything, and can be set aside by Tx.Quarantine. A
-// page that cannot be read is an error of the call that needed it.
+// it, costs nobody else anything, and can be set aside by Tx.Quarantine. Check
+// goes on behind what is damaged and names what is missing. Repair writes what
+// can be read into a new file.
+//
+// What no checksum guards is a key in a page, or a page that another state of
+// the file had in the same place: damage there that leaves keys in order is a
+// miss, and Check, which compares rows with records, says so.
 package metadata

@@ -242,7 +242,13 @@ func (r *repair) salvage() (*salvaged, error) {
 func (r *repair) salvageAttachments(s *salvaged) {
 	owners := map[uint64]bool{}
 	for _, rec := range s.records {
-		owners[rec.attachments] = rec.attachments != 0
+		_, shared := owners[rec.attachments]
+		owners[rec.attachments] = rec.attachments != 0 && !shared
+	}
+	for _, rec := range s.records {
+		if !owners[rec.attachments] {
+			rec.attachments = 0 // two had the number, and nobody knows whose they are
+		}
 	}
 	take := func(k, v []byte) {
 		owner, _, ok := splitAttachment(k)
@@ -493,4 +499,3 @@ func (r *repair) fill(w *refill) error {
 	}
 	return w.db.Sync()
 }
-
