@@ -103,6 +103,7 @@ func (r *MutableRef) commit(ctx context.Context, o CommitOptions) (*ImmutableRef
 	}
 
 	m.syncer.committed()
+	m.sizer.add(e.id)
 	m.lock()
 	defer m.unlock()
 	m.publishLocked(e, rec)

@@ -216,6 +216,21 @@ func (m *Manager) drive(ctx context.Context, e *entry, what string) (done func()
 				what, short(e.id), by, since.Format(time.RFC3339), context.Cause(ctx))
 		}
 	}
+	return m.driving(e, what), nil
+}
+
+// tryDrive is drive for those who do not wait.
+func (m *Manager) tryDrive(e *entry, what string) (done func(), ok bool) {
+	select {
+	case e.token <- struct{}{}:
+	default:
+		return nil, false
+	}
+	return m.driving(e, what), true
+}
+
+// driving notes what the owner of the token of e does, until done.
+func (m *Manager) driving(e *entry, what string) (done func()) {
 	m.lock()
 	e.driving, e.since = what, m.now()
 	m.unlock()
@@ -224,7 +239,7 @@ func (m *Manager) drive(ctx context.Context, e *entry, what string) (done func()
 		e.driving = ""
 		m.unlock()
 		<-e.token
-	}, nil
+	}
 }
 
 // publishLocked makes rec the state that others see, unless a newer one is

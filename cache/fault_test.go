@@ -309,7 +309,7 @@ func (f *faultRun) after(root string, s *story) {
 // onDisk measures what the snapshots of a store occupy.
 func onDisk(t testing.TB, root string) (bytes int64) {
 	for _, dir := range []string{"active", "committed", "new", "trash"} {
-		trees, err := filepath.Glob(filepath.Join(root, "snapshots", dir, "*", "fs"))
+		trees, err := filepath.Glob(filepath.Join(root, "snapshots", dir, "*"))
 		require.NoError(t, err)
 		for _, tree := range trees {
 			require.NoError(t, filepath.WalkDir(tree, func(_ string, d fs.DirEntry, err error) error {

@@ -131,6 +131,7 @@ func (m *Manager) swap(ctx context.Context, e *entry) (*Record, error) {
 		return nil, err
 	}
 	m.syncer.committed()
+	m.sizer.add(e.id)
 	m.lock()
 	delete(m.unswapped, e.id)
 	delete(m.written, rec.Was)

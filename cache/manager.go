@@ -40,6 +40,7 @@ type Manager struct {
 	marks     *marks
 	pool      *pool
 	syncer    *syncer
+	sizer     *sizer
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -110,6 +111,7 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 		return nil, errors.Join(err, store.Close())
 	}
 	m.startSyncer(o.SyncInterval)
+	m.startSizer(o.SyncInterval)
 	return m, nil
 }
 
@@ -299,6 +301,7 @@ func (m *Manager) beginChange() (end func(), err error) {
 // mutables without a record are removed by the next Open. Closing twice is
 // harmless.
 func (m *Manager) Close() error {
+	m.sizer.end()
 	m.syncer.end()
 	m.lock()
 	if m.closed {

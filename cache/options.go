@@ -62,7 +62,9 @@ type Options struct {
 
 	// SyncInterval is how long committed data may wait until a sync in the
 	// background writes it to the disk and marks it durable; Close does the
-	// rest. DefaultSyncInterval if zero; negative leaves it to Sync.
+	// rest. DefaultSyncInterval if zero; negative leaves it to Sync. With it
+	// go the sizes of records: they are measured in the background soon after
+	// each commit, or only when somebody asks.
 	SyncInterval time.Duration
 	// PrivateMounts says that the process is in a mount namespace that dies
 	// with it: its mounts need no cleaning after a kill.

@@ -180,6 +180,8 @@ func (m *Manager) change(ctx context.Context, e *entry, fn func(*metadata.Tx, *E
 func finalized(rec *Record, d snapshot.Info) {
 	rec.State = metadata.Finalized
 	rec.Was, rec.Key = rec.Key, string(rec.ID)
+	// The driver may give up what it needs for writable snapshots only.
+	rec.Size = metadata.SizeUnknown
 	// The upper directory is taken as overlayfs left it.
 	rec.Raw = d.Attributes != ""
 }

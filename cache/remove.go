@@ -33,7 +33,19 @@ func (m *Manager) Remove(ctx context.Context, ids ...ID) ([]Removed, error) {
 		return nil, err
 	}
 	defer end()
-	r := &removal{m: m, victims: map[ID]*victim{}, failed: map[ID]error{}}
+	return m.remove(ctx, ids, nil), nil
+}
+
+// planned is what a plan knows of a victim, which must still be true.
+type planned struct {
+	revision uint64
+	size     int64
+}
+
+// remove is one removal of many records. With plan it waits for nobody: what
+// somebody drives to another state is taken for held.
+func (m *Manager) remove(ctx context.Context, ids []ID, plan map[ID]planned) []Removed {
+	r := &removal{m: m, plan: plan, victims: map[ID]*victim{}, failed: map[ID]error{}}
 	out := make([]Removed, len(ids))
 	for i, id := range ids {
 		out[i].ID = id
@@ -53,12 +65,14 @@ func (m *Manager) Remove(ctx context.Context, ids ...ID) ([]Removed, error) {
 			out[i].Freed = r.victims[id].size
 		}
 	}
-	return out, nil
+	return out
 }
 
 // removal is one call of Remove.
 type removal struct {
-	m       *Manager
+	m *Manager
+	// plan, if not nil, has all victims.
+	plan    map[ID]planned
 	victims map[ID]*victim
 	failed  map[ID]error
 	// names maps the ids that were asked for to those of the records.
@@ -104,12 +118,17 @@ func (r *removal) take(ctx context.Context, ids []ID) {
 // hold makes sure that nobody holds v, and that nobody will.
 func (r *removal) hold(ctx context.Context, v *victim) (err error) {
 	m := r.m
-	if v.release, err = m.drive(ctx, v.e, "removal"); err != nil {
+	if err := r.drive(ctx, v); err != nil {
 		return err
 	}
-	if v.rec, err = m.read(ctx, v.e.id); err != nil {
+	rec, err := m.read(ctx, v.e.id)
+	if err != nil {
 		return err
 	}
+	if p, ok := r.plan[v.e.id]; ok && p.revision != rec.Revision {
+		return fmt.Errorf("it has revision %d, not %d as in the plan: %w", rec.Revision, p.revision, errdefs.ErrFailedPrecondition)
+	}
+	v.rec = rec
 	if holders, busy, err := testHold(m.root, v.e.id, true); err != nil {
 		return err
 	} else if busy {
@@ -124,6 +143,21 @@ func (r *removal) hold(ctx context.Context, v *victim) (err error) {
 	defer m.unlock()
 	v.leave, err = m.leaveLocked(v.e)
 	return err
+}
+
+// drive takes the victim's token.
+func (r *removal) drive(ctx context.Context, v *victim) (err error) {
+	if r.plan == nil {
+		v.release, err = r.m.drive(ctx, v.e, "removal")
+		return err
+	}
+	var ok bool
+	if v.release, ok = r.m.tryDrive(v.e, "removal"); ok {
+		return nil
+	}
+	r.m.lock()
+	defer r.m.unlock()
+	return &LockedError{ID: v.e.id, Holders: []Holder{{Kind: HolderOperation, Command: v.e.driving, Since: v.e.since}}}
 }
 
 // order sorts the victims leaf first and refuses those that have a child which
@@ -210,13 +244,7 @@ func (r *removal) detach(ctx context.Context, order []ID) {
 	}
 	for _, id := range order {
 		v := r.victims[id]
-		if v.size = v.rec.Size; v.size == metadata.SizeUnknown && v.rec.Key != "" {
-			// A size that cannot be had is no reason to keep a record.
-			u, err := m.driver.Usage(ctx, v.rec.Key)
-			if v.size = u.Size; err != nil {
-				v.size = 0
-			}
-		}
+		v.size = r.sizeOf(ctx, v)
 		if err := ctx.Err(); err != nil {
 			r.failed[id] = context.Cause(ctx)
 			continue
@@ -231,6 +259,22 @@ func (r *removal) detach(ctx context.Context, order []ID) {
 			}
 		}
 	}
+}
+
+// sizeOf is what the removal of a victim frees. A size that cannot be had is
+// no reason to keep a record.
+func (r *removal) sizeOf(ctx context.Context, v *victim) int64 {
+	if p, ok := r.plan[v.e.id]; ok {
+		return p.size
+	}
+	if v.rec.Size != metadata.SizeUnknown || v.rec.Key == "" {
+		return max(v.rec.Size, 0)
+	}
+	size, err := r.m.sizeOf(ctx, v.rec)
+	if err != nil {
+		return 0
+	}
+	return size
 }
 
 // commit removes the records, and gives the names back to those that turn out

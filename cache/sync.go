@@ -133,7 +133,7 @@ func (m *Manager) MarkSynced(ctx context.Context, u *Unsynced) (int, error) {
 			if rec.State == metadata.Finalized {
 				rec.Was = "" // the rename is on the disk, too
 			}
-			if rec.Revision, err = tx.Put(rec); err != nil {
+			if err = tx.Mark(rec); err != nil {
 				return err
 			}
 			marked = append(marked, rec)
@@ -143,13 +143,7 @@ func (m *Manager) MarkSynced(ctx context.Context, u *Unsynced) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("mark what was synced: %w", err)
 	}
-	m.lock()
-	defer m.unlock()
-	for _, rec := range marked {
-		if e := m.entries[rec.ID]; e != nil && e.rec != nil {
-			m.publishLocked(e, rec)
-		}
-	}
+	m.publishMarks(marked, func(rec, marked *Record) { rec.Durable, rec.Was = true, marked.Was })
 	return len(marked), nil
 }
 

@@ -1,19 +1,21 @@
 package cache
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	iofs "io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/snapshot"
 )
 
 // Count is a number of records and the bytes that they occupy.
@@ -23,6 +25,7 @@ type Count struct {
 }
 
 // Usage is what a store occupies on the disk, in bytes of allocated blocks.
+// Every snapshot, blob, removal under way and the database is in it once.
 type Usage struct {
 	// Total is Snapshots + Blobs + Database + Pending.
 	Total     int64
@@ -31,8 +34,8 @@ type Usage struct {
 	Database  int64
 	// Pending is what removals that are under way will free.
 	Pending int64
-	// InUse + Reclaimable is Snapshots + Blobs: what somebody holds or what
-	// has children, and the rest.
+	// InUse + Reclaimable is Snapshots + Blobs: what somebody holds with all
+	// that lies below it, and the rest.
 	InUse       int64
 	Reclaimable int64
 	// Shared is the part of Snapshots that has two children or more.
@@ -52,50 +55,48 @@ type UsageEntry struct {
 	Record   *Record
 	Size     int64
 	Children int
-	InUse    bool
+	// InUse says that somebody holds the record, or a descendant of it.
+	InUse bool
+	// Held says who holds the record itself, empty if nobody does.
+	Held string
 }
 
 // DiskUsage measures the store. It takes no handle and changes no counter.
-// Records whose size is not known yet are measured, several at once; keep, if
-// not nil, picks the records that are counted.
+// Mutable records, and those whose size is not known yet, are measured, several
+// at once. keep, if not nil, picks the records that are counted; it sees them
+// with their size.
 func (m *Manager) DiskUsage(ctx context.Context, keep func(*Record) bool) (*Usage, error) {
 	end, err := m.begin()
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	u := &Usage{ByType: map[string]Count{}, ByState: map[string]Count{}}
-	err = m.store.View(ctx, func(tx *metadata.Tx) error {
-		for rec, err := range tx.Records() {
-			if err != nil {
-				m.log.Warn("record cannot be read", "error", err)
-				continue
-			}
-			if keep == nil || keep(rec) {
-				u.Entries = append(u.Entries, UsageEntry{Record: rec, Size: rec.Size, Children: tx.ChildCount(rec.ID)})
-			}
-		}
-		return ctx.Err()
-	})
+	s, err := m.survey(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("list records: %w", err)
-	}
-	if err := m.measure(ctx, u.Entries); err != nil {
 		return nil, err
 	}
-	for i := range u.Entries {
-		u.add(m, &u.Entries[i])
+	u := &Usage{ByType: map[string]Count{}, ByState: map[string]Count{}}
+	for _, e := range s.entries {
+		e.Record.Size = e.Size
+		if keep == nil || keep(e.Record) {
+			u.Entries = append(u.Entries, e)
+			u.add(&e)
+		}
 	}
-	u.Reclaimable = u.Snapshots + u.Blobs - u.InUse
+	if keep == nil {
+		// Nobody asked for a part: what has no record yet counts, too.
+		u.Snapshots += s.unrecorded
+		u.InUse += s.unrecorded
+	}
 	if err := m.measureRest(ctx, u); err != nil {
 		return nil, err
 	}
+	u.Reclaimable = u.Snapshots + u.Blobs - u.InUse
 	u.Total = u.Snapshots + u.Blobs + u.Database + u.Pending
 	return u, nil
 }
 
-func (u *Usage) add(m *Manager, e *UsageEntry) {
-	e.InUse = e.Children > 0 || len(m.Refs(e.Record.ID)) > 0
+func (u *Usage) add(e *UsageEntry) {
 	u.Records++
 	u.Snapshots += e.Size
 	if e.InUse {
@@ -110,82 +111,336 @@ func (u *Usage) add(m *Manager, e *UsageEntry) {
 	u.ByState[e.Record.State.String()] = Count{s.Records + 1, s.Bytes + e.Size}
 }
 
-// measure fills in the sizes that the records do not have.
-func (m *Manager) measure(ctx context.Context, entries []UsageEntry) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(4)
-	for i := range entries {
-		e := &entries[i]
-		if e.Size != metadata.SizeUnknown {
-			continue
-		}
-		if e.Size = 0; e.Record.Key == "" {
-			continue
-		}
-		g.Go(func() error {
-			size, err := m.sizeOf(ctx, e.Record)
-			if err != nil {
-				return fmt.Errorf("measure record %s: %w", short(e.Record.ID), err)
-			}
-			e.Size = size
-			return nil
-		})
-	}
-	return g.Wait()
+// survey is all records as they are at one moment, with sizes and holders.
+type survey struct {
+	entries []UsageEntry
+	// unrecorded is what snapshots occupy that no record names yet.
+	unrecorded int64
 }
 
-// sizeOf asks the driver, under the name that the snapshot has by then. One
-// that is gone occupies nothing.
-func (m *Manager) sizeOf(ctx context.Context, rec *Record) (int64, error) {
-	for _, key := range []string{rec.Key, string(rec.ID)} {
-		u, err := m.driver.Usage(ctx, key)
-		if err == nil {
-			return u.Size, nil
+func (m *Manager) survey(ctx context.Context) (*survey, error) {
+	s := &survey{}
+	damaged := false
+	err := m.store.View(ctx, func(tx *metadata.Tx) error {
+		for rec, err := range tx.Records() {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if err != nil {
+				m.log.Warn("record cannot be read", "error", err)
+				damaged = true
+				continue
+			}
+			s.entries = append(s.entries, UsageEntry{Record: rec, Size: rec.Size})
 		}
-		if !is(err, errdefs.ErrNotFound) {
-			return 0, err
+		if damaged {
+			s.protectParents(tx)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list records: %w", err)
+	}
+	at := make(map[ID]int, len(s.entries))
+	for i := range s.entries {
+		at[s.entries[i].Record.ID] = i
+	}
+	if err := m.surveySizes(ctx, s); err != nil {
+		return nil, err
+	}
+	if err := m.surveyUnrecorded(ctx, s, at); err != nil {
+		return nil, err
+	}
+	m.surveyHolders(s, at)
+	s.spread(at)
+	return s, nil
+}
+
+// protectParents notes the parents of records that cannot be read: their rows
+// still say that somebody needs them.
+func (s *survey) protectParents(tx *metadata.Tx) {
+	known := map[ID]int{}
+	for i := range s.entries {
+		for _, p := range s.entries[i].Record.Parents {
+			known[p]++
 		}
 	}
-	return 0, nil
+	for i := range s.entries {
+		if id := s.entries[i].Record.ID; tx.ChildCount(id) > known[id] {
+			s.entries[i].Held = "a child that cannot be read"
+		}
+	}
+}
+
+// surveySizes fills in the sizes that the records do not have. A writer may be
+// at work in a mutable one, so that is measured each time.
+func (m *Manager) surveySizes(ctx context.Context, s *survey) error {
+	var recs []*Record
+	var where []int
+	for i := range s.entries {
+		e := &s.entries[i]
+		if e.Record.Key == "" {
+			e.Size = max(e.Size, 0)
+		} else if e.Size == metadata.SizeUnknown || e.Record.State == metadata.Mutable {
+			recs, where = append(recs, e.Record), append(where, i)
+		}
+	}
+	sizes, err := m.measure(ctx, recs)
+	if err != nil {
+		return err
+	}
+	for k, i := range where {
+		s.entries[i].Size = sizes[k]
+		if s.entries[i].Record.State != metadata.Mutable {
+			m.sizer.add(s.entries[i].Record.ID)
+		}
+	}
+	return nil
+}
+
+// surveyUnrecorded measures the snapshots that are being made: their names are
+// in the driver, and no record has them. Their parents are in use.
+func (m *Manager) surveyUnrecorded(ctx context.Context, s *survey, at map[ID]int) error {
+	pending, err := m.driver.Pending(ctx)
+	if err != nil {
+		return fmt.Errorf("list snapshots without a record: %w", err)
+	}
+	byKey := make(map[string]int, len(s.entries))
+	for i := range s.entries {
+		for _, key := range driverKeys(s.entries[i].Record) {
+			byKey[key] = i
+		}
+	}
+	for _, p := range pending {
+		if _, recorded := byKey[p.Key]; recorded || p.Kind != snapshot.PendingActive {
+			continue
+		}
+		info, err := m.driver.Stat(ctx, p.Key)
+		var size int64
+		if err == nil {
+			size, err = m.sizeOfKey(ctx, p.Key)
+		}
+		if is(err, errdefs.ErrNotFound) {
+			continue // it went, or was committed, meanwhile
+		}
+		if err != nil {
+			return fmt.Errorf("measure snapshot %s: %w", p.Key, err)
+		}
+		s.unrecorded += size
+		if i, ok := byKey[info.Parent]; ok && info.Parent != "" {
+			s.entries[i].Held = cmp.Or(s.entries[i].Held, "a snapshot that is being made on top of it")
+		}
+	}
+	return nil
+}
+
+// surveyHolders notes who holds what: this process and others.
+func (m *Manager) surveyHolders(s *survey, at map[ID]int) {
+	m.lock()
+	for id, e := range m.entries {
+		i, ok := at[id]
+		if !ok {
+			continue
+		}
+		held := &s.entries[i].Held
+		switch {
+		case *held != "":
+		case len(e.mounts) > 0:
+			*held = string(HolderMount)
+		case len(e.handles) > 0:
+			*held = "handle"
+		case e.uses > 0 || e.leaving != nil:
+			*held = string(HolderOperation)
+		}
+	}
+	m.unlock()
+
+	names, err := os.ReadDir(filepath.Join(m.root, "holds"))
+	if err != nil && !errors.Is(err, iofs.ErrNotExist) {
+		m.log.Warn("holders cannot be listed", "error", err)
+	}
+	if len(names) == 0 {
+		return
+	}
+	byFile := make(map[string]int, len(at))
+	for id, i := range at {
+		byFile[fileName(id)] = i
+	}
+	for _, n := range names {
+		i, ok := byFile[n.Name()]
+		if !ok || !holdFileBusy(m.root, n.Name()) {
+			continue
+		}
+		s.entries[i].Held = string(HolderProcess)
+		if holders, busy, err := testHold(m.root, s.entries[i].Record.ID, true); err == nil && busy && len(holders) > 0 {
+			s.entries[i].Held = holders[0].String()
+		}
+	}
+}
+
+// spread counts children, and lets what is held keep all that lies below it.
+func (s *survey) spread(at map[ID]int) {
+	var stack []int
+	for i := range s.entries {
+		if s.entries[i].Held != "" {
+			s.entries[i].InUse = true
+			stack = append(stack, i)
+		}
+		seen := s.entries[i].Record.Parents
+		for k, p := range seen {
+			if j, ok := at[p]; ok && !slices.Contains(seen[:k], p) {
+				s.entries[j].Children++
+			}
+		}
+	}
+	for len(stack) > 0 {
+		i := stack[len(stack)-1]
+		stack = stack[:len(stack)-1]
+		for _, p := range s.entries[i].Record.Parents {
+			if j, ok := at[p]; ok && !s.entries[j].InUse {
+				s.entries[j].InUse = true
+				stack = append(stack, j)
+			}
+		}
+	}
 }
 
 // measureRest measures what no record stands for.
-func (m *Manager) measureRest(ctx context.Context, u *Usage) error {
+func (m *Manager) measureRest(ctx context.Context, u *Usage) (err error) {
 	var db unix.Stat_t
 	if err := unix.Stat(filepath.Join(m.root, StoreFile), &db); err != nil {
 		return &os.PathError{Op: "stat", Path: filepath.Join(m.root, StoreFile), Err: err}
 	}
 	u.Database = db.Blocks * 512
-	trash := filepath.Join(m.root, "snapshots", "trash")
-	names, err := os.ReadDir(trash)
+	if u.Pending, err = blocksBelow(ctx, filepath.Join(m.root, "snapshots", "trash")); err != nil {
+		return fmt.Errorf("measure pending removals: %w", err)
+	}
+	if u.Blobs, err = blocksBelow(ctx, filepath.Join(m.root, "content")); err != nil {
+		return fmt.Errorf("measure blobs: %w", err)
+	}
+	u.FSTotal, u.FSFree, err = m.fileSystem()
+	return err
+}
+
+// blocksBelow is what the entries of a directory occupy. They may go
+// meanwhile.
+func blocksBelow(ctx context.Context, dir string) (sum int64, err error) {
+	names, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, iofs.ErrNotExist) {
-		return fmt.Errorf("list pending removals: %w", err)
+		return 0, err
 	}
 	for _, n := range names {
-		pending, err := fs.DiskUsage(ctx, filepath.Join(trash, n.Name()))
+		used, err := fs.DiskUsage(ctx, filepath.Join(dir, n.Name()))
 		if err != nil && !errors.Is(err, iofs.ErrNotExist) {
-			return fmt.Errorf("measure pending removals: %w", err)
+			return 0, err
 		}
-		u.Pending += pending.Size
+		sum += used.Size
 	}
+	return sum, nil
+}
+
+// fileSystem is the size of the store's file system, and what is free of it
+// for users without privileges.
+func (m *Manager) fileSystem() (total, free int64, err error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(m.root, &st); err != nil {
-		return &os.PathError{Op: "statfs", Path: m.root, Err: err}
+		return 0, 0, &os.PathError{Op: "statfs", Path: m.root, Err: err}
 	}
-	u.FSTotal = int64(st.Blocks) * st.Bsize
-	u.FSFree = int64(st.Bavail) * st.Bsize
-	return nil
+	return int64(st.Blocks) * st.Bsize, int64(st.Bavail) * st.Bsize, nil
 }
 
 // Used is the bytes of all records whose size is known, read from the store's
 // totals: it costs the same whatever the number of records.
 func (m *Manager) Used(ctx context.Context) (bytes int64, err error) {
+	totals, err := m.Totals(ctx)
+	for _, t := range totals {
+		bytes += t.Bytes
+	}
+	return bytes, err
+}
+
+// Reclaimable is what could be removed now, of Used: all that nobody in this
+// process or another holds, nor has a descendant that somebody holds. Its cost
+// grows with the number of records that are held and with what lies below
+// them, not with the number of records.
+func (m *Manager) Reclaimable(ctx context.Context) (bytes int64, err error) {
+	end, err := m.begin()
+	if err != nil {
+		return 0, err
+	}
+	defer end()
+	var held []ID
+	m.lock()
+	for id, e := range m.entries {
+		if len(e.handles)+len(e.mounts)+e.uses > 0 {
+			held = append(held, id)
+		}
+	}
+	m.unlock()
+	foreign, err := m.foreignHeld(ctx)
+	if err != nil {
+		return 0, err
+	}
+	held = append(held, foreign...)
 	err = m.store.View(ctx, func(tx *metadata.Tx) error {
 		totals, err := tx.Totals()
+		if err != nil {
+			return err
+		}
 		for _, t := range totals {
 			bytes += t.Bytes
 		}
-		return err
+		seen := map[ID]struct{}{}
+		for len(held) > 0 {
+			id := held[len(held)-1]
+			held = held[:len(held)-1]
+			if _, ok := seen[id]; ok {
+				continue
+			}
+			seen[id] = struct{}{}
+			rec, err := tx.Get(id)
+			if is(err, errdefs.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			bytes -= max(rec.Size, 0)
+			held = append(held, rec.Parents...)
+		}
+		return nil
 	})
 	return bytes, err
+}
+
+// foreignHeld lists the records that other processes hold. Hold files are
+// named by ids, or by what can only be found by looking at all records.
+func (m *Manager) foreignHeld(ctx context.Context) (ids []ID, err error) {
+	names, err := os.ReadDir(filepath.Join(m.root, "holds"))
+	if err != nil && !errors.Is(err, iofs.ErrNotExist) {
+		return nil, fmt.Errorf("list holders: %w", err)
+	}
+	odd := map[string]bool{}
+	for _, n := range names {
+		if !holdFileBusy(m.root, n.Name()) {
+			continue
+		}
+		if id := ID(n.Name()); fileName(id) == n.Name() {
+			ids = append(ids, id)
+		} else {
+			odd[n.Name()] = true
+		}
+	}
+	if len(odd) == 0 {
+		return ids, nil
+	}
+	err = m.store.View(ctx, func(tx *metadata.Tx) error {
+		for rec, err := range tx.Records() {
+			if err == nil && odd[fileName(rec.ID)] {
+				ids = append(ids, rec.ID)
+			}
+		}
+		return nil
+	})
+	return ids, err
 }
