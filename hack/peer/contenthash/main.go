@@ -10,6 +10,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -35,12 +36,12 @@ func main() {
 	}
 }
 
-func run(first, trees uint64, record bool, golden, dir string) error {
-	dir, err := os.MkdirTemp(dir, "contenthash-")
+func run(first, trees uint64, record bool, golden, dir string) (err error) {
+	dir, err = os.MkdirTemp(dir, "contenthash-")
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	lines := make([]string, trees)
 	var next, different atomic.Uint64
 	var wg sync.WaitGroup
@@ -87,7 +88,7 @@ func compare(dir string, seed uint64) (line string, equal bool, err error) {
 	if err := os.Mkdir(root, 0o700); err != nil {
 		return "", false, err
 	}
-	defer os.RemoveAll(root)
+	defer func() { err = errors.Join(err, os.RemoveAll(root)) }()
 	if err := tree.Write(root); err != nil {
 		return "", false, err
 	}

@@ -34,7 +34,7 @@ func (t tree) Mount(context.Context, bool, session.Group) (snapshot.Mountable, e
 	return t.mounts(), nil
 }
 
-func (t tree) mounts() snapshot.Mountable { return mountable{t.dir} }
+func (t tree) mounts() snapshot.Mountable { return mountable(t) }
 
 type mountable struct{ dir string }
 
