@@ -55,6 +55,18 @@ func newSpecimen(t *testing.T) *specimen {
 			return tx.SetAttachment(id, "a", sp.data[id])
 		}))
 	}
+	// Former revisions lie in pages that are free now.
+	for i := range 6 {
+		require.NoError(t, s.Update(t.Context(), func(tx *Tx) error {
+			r, err := tx.Get("r11")
+			if err != nil {
+				return err
+			}
+			r.Retain = i%2 == 0
+			_, err = tx.Put(r)
+			return err
+		}))
+	}
 	require.NoError(t, s.View(t.Context(), func(tx *Tx) error {
 		for r, err := range tx.Records() {
 			require.NoError(t, err)
@@ -403,4 +415,43 @@ func TestWriteToDamaged(t *testing.T) {
 	require.NotZero(t, wrote)
 	require.NotZero(t, refused)
 	t.Logf("%d written, %d refused", wrote, refused)
+}
+
+// TestPageInUseIsFree: a list of free pages that holds one that is in use, in
+// good order, is noticed before anything is written there.
+func TestPageInUseIsFree(t *testing.T) {
+	sp := newSpecimen(t)
+	e, list := binary.NativeEndian, int(sp.meta.freelist)*sp.pageSize
+	w, err := walkPages(mapSource(sp.content), sp.meta)
+	require.NoError(t, err)
+	tried := 0
+	for i := range int(e.Uint16(sp.content[list+10:])) {
+		at := list + boltHeader + 8*i
+		low, high := uint64(1), sp.meta.used
+		if i > 0 {
+			low = e.Uint64(sp.content[at-8:])
+		}
+		if i+1 < int(e.Uint16(sp.content[list+10:])) {
+			high = e.Uint64(sp.content[at+8:])
+		}
+		for id := low + 1; id < high; id++ {
+			if !w.reached[id] {
+				continue
+			}
+			b := slices.Clone(sp.content)
+			e.PutUint64(b[at:], id)
+			for _, sealed := range []bool{true, false} {
+				if !sealed {
+					clear(b[sealAt : sealAt+sealSize])
+					clear(b[sp.pageSize+sealAt : sp.pageSize+sealAt+sealSize])
+				}
+				path := filepath.Join(memDir(t), "s.db")
+				require.NoError(t, os.WriteFile(path, b, 0o600))
+				_, err := Open(t.Context(), path, faultOptions())
+				require.ErrorIs(t, err, ErrDamaged, "page %d", id)
+				tried++
+			}
+		}
+	}
+	require.NotZero(t, tried)
 }
