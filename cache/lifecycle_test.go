@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/snapshot"
 )
 
 func TestLifeOfARecord(t *testing.T) {
@@ -454,4 +456,40 @@ func TestSecondOpenerIsToldWhoHasTheStore(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrUnavailable)
 	require.ErrorContains(t, err, "pid")
 	require.Less(t, time.Since(start), 5*time.Second)
+}
+
+// A record is found under its aliases until it is reopened: after that none of
+// its names is.
+func TestAliases(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	imm := w.layer(nil, "a", "1")
+	id := imm.ID()
+	w.release(imm)
+	w.tamper(func(_ snapshot.Driver, s *metadata.Store) {
+		edit(w, s, id, func(rec *cache.Record) { rec.Aliases = []cache.ID{"twin"} })
+	})
+	w.reopenStore()
+	imm = w.get("twin")
+	require.Equal(t, id, imm.ID())
+	require.Len(t, w.Refs(id), 1)
+	_, err := w.GetMutable(w.ctx, "twin")
+	require.ErrorIs(t, err, cache.ErrLocked)
+	w.release(imm)
+	mut, err := w.GetMutable(w.ctx, "twin")
+	require.NoError(t, err)
+	w.gone("twin")
+	w.gone(id)
+	imm = w.commit(mut)
+	require.Empty(t, imm.Record().Aliases)
+	require.Equal(t, "a=1", w.tree(imm))
+	w.release(imm)
+
+	w.tamper(func(_ snapshot.Driver, s *metadata.Store) {
+		edit(w, s, imm.ID(), func(rec *cache.Record) { rec.Aliases = []cache.ID{"another"} })
+	})
+	w.reopenStore()
+	out, err := w.Remove(w.ctx, imm.ID(), "another")
+	require.NoError(t, err)
+	require.NoError(t, errors.Join(out[0].Err, out[1].Err))
+	w.gone("another")
 }
