@@ -82,7 +82,12 @@ func (s subject) Search(ctx context.Context, key string) ([]string, error) {
 	return ids, nil
 }
 
-func (s subject) Close() error { return s.m.Close() }
+// Close marks what was made as durable first, as a daemon has long done in the
+// background with a state of some age.
+func (s subject) Close() error {
+	_, err := s.m.Sync(context.Background())
+	return errors.Join(err, s.m.Close())
+}
 
 type mutable struct{ ref *cache.MutableRef }
 
