@@ -130,9 +130,7 @@ func (m *Manager) executeBatch(ctx context.Context, victims []policy.Step) ([]Re
 	}
 	out := m.remove(ctx, ids, plan)
 	// Drivers that remove in the background do it now.
-	if err := m.driver.Cleanup(context.WithoutCancel(ctx)); err != nil {
-		m.log.Warn("removed snapshots could not be cleaned up; it is tried again later", "error", err)
-	}
+	m.tidy(ctx)
 	return out, nil
 }
 

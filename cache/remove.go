@@ -134,7 +134,7 @@ func (r *removal) hold(ctx context.Context, v *victim) (err error) {
 	} else if busy {
 		return &LockedError{ID: v.e.id, Holders: holders}
 	}
-	if v.rec.State != metadata.Finalized {
+	if v.rec.State != metadata.Finalized && v.rec.Key != "" {
 		if err := m.noForeignWriter(ctx, v.e.id, v.rec.Key); err != nil && !errors.Is(err, errdefs.ErrNotFound) {
 			return err
 		}

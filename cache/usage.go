@@ -71,6 +71,7 @@ func (m *Manager) DiskUsage(ctx context.Context, keep func(*Record) bool) (*Usag
 		return nil, err
 	}
 	defer end()
+	m.tidy(ctx)
 	s, err := m.survey(ctx)
 	if err != nil {
 		return nil, err
@@ -109,6 +110,17 @@ func (u *Usage) add(e *UsageEntry) {
 	u.ByType[e.Record.Type] = Count{t.Records + 1, t.Bytes + e.Size}
 	s := u.ByState[e.Record.State.String()]
 	u.ByState[e.Record.State.String()] = Count{s.Records + 1, s.Bytes + e.Size}
+}
+
+// tidy lets the driver give up what nobody needs any more, such as the work
+// directories of what was finalized meanwhile, so that it need not be counted.
+func (m *Manager) tidy(ctx context.Context) {
+	if m.readOnly {
+		return
+	}
+	if err := m.driver.Cleanup(context.WithoutCancel(ctx)); err != nil {
+		m.log.Warn("what nobody needs any more could not be cleaned up; it is tried again later", "error", err)
+	}
 }
 
 // survey is all records as they are at one moment, with sizes and holders.

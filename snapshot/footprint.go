@@ -52,6 +52,9 @@ func (t *tree) footprint(ctx context.Context, key string) (size int64, err error
 		if n.Name() == "fs" && e.kind(s) != snapshots.KindView {
 			continue // that is the usage
 		}
+		if n.Name() == "work" && e.dir == dirCommitted {
+			continue // it goes with the next Cleanup
+		}
 		used, err := measure(ctx, filepath.Join(at, n.Name()))
 		if err != nil {
 			if os.IsNotExist(err) {
