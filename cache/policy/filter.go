@@ -125,7 +125,7 @@ func termLen(s string) int {
 
 // comparison finds a range's operator in a condition. Labels know < and >
 // only: == and != of theirs are containerd's, which compare text.
-var comparison = regexp.MustCompile(`^\s*(size|age|idle|uses|cost|labels\.(?:"(?:[^"\\]|\\.)*"|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*))\s*(<=|>=|<|>|==|!=)`)
+var comparison = regexp.MustCompile(`^\s*(size|age|idle|uses|cost|labels\.(?:"(?:[^"\\]|\\.)*"|[A-Za-z0-9_-]+))\s*(<=|>=|<|>|==|!=)`)
 
 func parseTerm(text string) (t term, sized bool, err error) {
 	if strings.TrimSpace(text) == "" {
@@ -277,8 +277,7 @@ func reasonOf(err error) string {
 // checkRegexp compiles what stands behind ~= in a condition that the library
 // took: it would take a bad one for one that matches nothing.
 func checkRegexp(text string) (at int, err error) {
-	at = strings.Index(text, "~=")
-	if at < 0 {
+	if at = operatorAt(text); !strings.HasPrefix(text[at:], "~=") {
 		return 0, nil
 	}
 	at += len("~=")
@@ -294,10 +293,28 @@ func checkRegexp(text string) (at int, err error) {
 	return at, err
 }
 
+// operatorAt is where the field of a condition ends: names in quotes may have
+// any characters.
+func operatorAt(text string) int {
+	for i := 0; i < len(text); i++ {
+		switch text[i] {
+		case '"':
+			for i++; i < len(text) && text[i] != '"'; i++ {
+				if text[i] == '\\' {
+					i++
+				}
+			}
+		case '=', '!', '~':
+			return i
+		}
+	}
+	return len(text)
+}
+
 // field is what a filter sees of a record as text.
 func field(r *Record, path []string) (value string, set, known bool) {
-	if len(path) >= 2 && path[0] == "labels" {
-		value, set = r.Labels[strings.Join(path[1:], ".")]
+	if len(path) == 2 && path[0] == "labels" {
+		value, set = r.Labels[path[1]]
 		return value, set, true
 	}
 	if len(path) != 1 {

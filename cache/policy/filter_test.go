@@ -21,12 +21,12 @@ func TestFilters(t *testing.T) {
 	for text, want := range map[string]bool{
 		"id==abc": true, "state!=mutable,op==layer": true, "type~=^reg": true, "key": true, "retained==true": true,
 		`description=="make, then test"`: true, `description~=/make, then/,type==regular`: true, `description~="a,b"`: false,
-		"labels.team==a": true, "labels.team": true, "labels.none": false, `labels."io.example/ttl"==36h`: true, "labels.a.b==x": true,
+		"labels.team==a": true, "labels.team": true, "labels.none": false, `labels."io.example/ttl"==36h`: true, `labels."a.b"==x`: true,
 		"size>1MB": true, "size>=5MB": true, "size<5MB": false, "size==5000000": true, "size!=5MB": false, "size>4MiB, uses<=3": true,
 		"age>1d": true, "age<2d": false, "idle>1h": true, "idle>=3h": false, "uses>2": true, "uses==3": true, "uses!=3": false,
 		"cost>=1m": true, "cost<60s": false,
 		"labels.prio>6": true, "labels.prio<7": false, "labels.prio>1h": false, `labels."io.example/ttl">1d`: true,
-		`labels."io.example/ttl"<=1d`: false, "labels.cap>1MB": true, "labels.none<5": false, "labels.team>1": false,
+		`labels."io.example/ttl"<=1d`: false, "labels.cap>1MB": true, "labels.none<5": false, `description=="a~=("`: false, `labels."~=["==x`: false, "labels.team>1": false,
 	} {
 		f, err := policy.ParseFilters(text)
 		require.NoError(t, err, text)
@@ -51,7 +51,7 @@ func TestFilters(t *testing.T) {
 
 func TestBadFiltersPointAtThePlace(t *testing.T) {
 	for text, at := range map[string]int{
-		"": 0, "type==": 6, "type=regular": 4, "type==regular,": 14, ",type==a": 0, "colour==red": 0,
+		"": 0, "type==": 6, "type=regular": 4, "type==regular,": 14, ",type==a": 0, "colour==red": 0, "labels.a.b==x": 0, "labels.a.b>1": 10,
 		"id==x,colour==red": 6, "size>big": 5, "type==a,size>10%": 13, "uses<-1": 5, "idle>3": 5, "age>": 4,
 		"type~=[": 6, `type~="["`: 6, "labels.prio>high": 12, "type>5": 4, "size": 0, "size~=5": 0, `type=="a`: 6,
 	} {

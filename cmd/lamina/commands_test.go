@@ -37,7 +37,7 @@ func TestHelpTexts(t *testing.T) {
 			}
 		})
 	}
-	require.Equal(t, 17, verbs)
+	require.Equal(t, 18, verbs)
 }
 
 // TestVerbsSayWhatTheyNeed keeps the namespaces right: a verb that mounts
@@ -45,7 +45,7 @@ func TestHelpTexts(t *testing.T) {
 func TestVerbsSayWhatTheyNeed(t *testing.T) {
 	want := map[string]string{
 		"run": annotateMounts, "exec": annotateMounts, "export": annotateMounts,
-		"new": annotateProbes, "commit": annotateProbes, "finalize": annotateProbes, "rm": annotateProbes,
+		"new": annotateProbes, "commit": annotateProbes, "finalize": annotateProbes, "rm": annotateProbes, "prune": annotateProbes,
 		"check": annotateProbes, "sync": annotateProbes, "du": annotateProbes,
 		"ls": "", "show": "", "log": "", "info": "", "version": "", "completion": "", "help": "", "__commands": "",
 	}
