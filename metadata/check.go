@@ -416,7 +416,7 @@ func (c *checker) numbers() bool {
 func (c *checker) quarantine() bool {
 	for k, v := range c.tx.scan(bucketQuarantine, nil) {
 		seq, id, ok := splitQuarantine(k)
-		good := true
+		var good bool
 		if !ok || v == nil {
 			good = c.find(CodeForeignKey, "", bucketQuarantine, k, "bucket quarantine has key %s", printable(k))
 		} else {

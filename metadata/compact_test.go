@@ -26,20 +26,29 @@ func contents(t testing.TB, s *metadata.Store) []string {
 	return out
 }
 
-func read(t testing.TB, tx *metadata.Tx) (out []string) {
+func read(t testing.TB, tx *metadata.Tx) []string {
 	t.Helper()
+	out, err := readAll(tx)
+	require.NoError(t, err)
+	return out
+}
+
+func readAll(tx *metadata.Tx) (out []string, err error) {
 	for r, err := range tx.Records() {
-		require.NoError(t, err)
+		if err != nil {
+			return nil, err
+		}
 		out = append(out, fmt.Sprintf("%+v", *r))
 		for name := range tx.Attachments(r.ID) {
 			data, err := tx.Attachment(r.ID, name)
-			require.NoError(t, err)
+			if err != nil {
+				return nil, err
+			}
 			out = append(out, fmt.Sprintf("%s %s %d bytes", r.ID, name, len(data)))
 		}
 	}
 	m, err := tx.Meta()
-	require.NoError(t, err)
-	return append(out, fmt.Sprintf("%+v", m))
+	return append(out, fmt.Sprintf("%+v", m)), err
 }
 
 // hollow makes a store of which most pages are free.
@@ -158,21 +167,24 @@ func TestCompactWhileInUse(t *testing.T) {
 	update(t, s, func(tx *metadata.Tx) error { return tx.SetAttachment("00000", "large", make([]byte, 3<<20)) })
 
 	old := make(chan []string)
-	seen, go_on := make(chan []string), make(chan struct{})
+	seen, goOn, ended := make(chan []string), make(chan struct{}), make(chan error, 1)
 	go func() {
-		_ = s.View(context.Background(), func(tx *metadata.Tx) error {
-			seen <- read(t, tx)
-			<-go_on
-			old <- read(t, tx)
-			return nil
+		ended <- s.View(context.Background(), func(tx *metadata.Tx) error {
+			first, err := readAll(tx)
+			seen <- first
+			<-goOn
+			again, err2 := readAll(tx)
+			old <- again
+			return errors.Join(err, err2)
 		})
 	}()
 	first := <-seen
 	require.NoError(t, s.Compact(t.Context()))
 	require.NotZero(t, parts)
 	require.EqualValues(t, 1, s.Stats().Compactions)
-	close(go_on)
+	close(goOn)
 	require.Equal(t, first, <-old, "a reader's state does not change")
+	require.NoError(t, <-ended)
 
 	require.Equal(t, fmt.Sprint(parts), get(t, s, "00152").Description)
 	view(t, s, func(tx *metadata.Tx) {

@@ -49,7 +49,7 @@ func (g *gate) begin(t *testing.T, s *metadata.Store, fn func(*metadata.Tx) erro
 }
 
 // queue starts updates that wait behind the one that commits, in order.
-func queue(t *testing.T, s *metadata.Store, ctx context.Context, fns ...func(*metadata.Tx) error) []<-chan error {
+func queue(ctx context.Context, t *testing.T, s *metadata.Store, fns ...func(*metadata.Tx) error) []<-chan error {
 	t.Helper()
 	var all []<-chan error
 	for _, fn := range fns {
@@ -98,7 +98,7 @@ func TestWaitingUpdatesShareATransaction(t *testing.T) {
 		ids = append(ids, metadata.ID(fmt.Sprintf("w%02d", i)))
 	}
 	before := s.Stats().Transactions
-	waiting := queue(t, s, t.Context(), creates(ids...)...)
+	waiting := queue(t.Context(), t, s, creates(ids...)...)
 	g.pass <- nil
 	require.NoError(t, <-first)
 	<-g.commits
@@ -127,7 +127,7 @@ func TestOneFailsAlone(t *testing.T) {
 			return errors.Join(tx.Create(rec(id)), err)
 		}
 	}
-	waiting := queue(t, s, t.Context(),
+	waiting := queue(t.Context(), t, s,
 		fn("good", nil, "good"),
 		fn("fails late", boom, "bad"), // after it wrote
 		fn("fails early", nil, "p"),   // before it wrote
@@ -177,7 +177,7 @@ func TestGoexit(t *testing.T) {
 	s, g := gated(t)
 	first := g.begin(t, s, creates("first")[0])
 	// The first of the queue leads and is killed by what the second does.
-	waiting := queue(t, s, t.Context(),
+	waiting := queue(t.Context(), t, s,
 		creates("leader")[0],
 		func(tx *metadata.Tx) error { _ = tx.Create(rec("x")); runtime.Goexit(); return nil },
 		creates("third")[0],
@@ -213,8 +213,8 @@ func TestContextOfAWaiter(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("enough")
 	var ran atomic.Bool
-	leaving := queue(t, s, ctx, func(*metadata.Tx) error { ran.Store(true); return nil })
-	staying := queue(t, s, t.Context(), creates("staying")[0])
+	leaving := queue(ctx, t, s, func(*metadata.Tx) error { ran.Store(true); return nil })
+	staying := queue(t.Context(), t, s, creates("staying")[0])
 	cancel(why)
 	require.ErrorIs(t, <-leaving[0], why, "it leaves the queue at once")
 	g.pass <- nil
@@ -241,7 +241,7 @@ func TestFailedCommitIsEverybodys(t *testing.T) {
 		t.Run(errno.Error(), func(t *testing.T) {
 			s, g := gated(t)
 			first := g.begin(t, s, creates("first")[0])
-			waiting := queue(t, s, t.Context(), creates("a", "b", "c")...)
+			waiting := queue(t.Context(), t, s, creates("a", "b", "c")...)
 			g.pass <- nil
 			require.NoError(t, <-first)
 			// Without space each is tried alone.

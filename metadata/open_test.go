@@ -420,5 +420,6 @@ func TestNewID(t *testing.T) {
 	create(t, s, rec(end))
 	require.NoError(t, s.Close())
 	s = open(t, path, o)
-	require.NotEqual(t, s.NewID(), s.NewID())
+	one, two := s.NewID(), s.NewID()
+	require.NotEqual(t, one, two)
 }

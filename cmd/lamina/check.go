@@ -36,8 +36,10 @@ be: every record that can be read goes into a new store file, all that is derive
 is computed again, the former file is kept beside it, and records are compared
 with snapshots anew. A finding that is gone then is printed as repaired; the exit
 code is 5 if one stays. A record in quarantine is one that was damaged and has
-been set aside: it is listed, and counts as repaired. --read-data reads data again and compares it with digests; no record
-has a digest of its data yet, so it reads nothing, and says that, too.`,
+been set aside: it is listed, and counts as repaired.
+
+--read-data reads data again and compares it with digests; no record has a digest
+of its data yet, so it reads nothing, and says that, too.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if cmd.Flags().Changed("read-data") {
