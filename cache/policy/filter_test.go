@@ -1,7 +1,6 @@
 package policy_test
 
 import (
-	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -58,7 +57,7 @@ func TestBadFiltersPointAtThePlace(t *testing.T) {
 		_, err := policy.ParseFilters(text)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, text)
 		var fe *policy.FilterError
-		require.True(t, errors.As(err, &fe), text)
+		require.ErrorAs(t, err, &fe, text)
 		require.Equal(t, at, fe.At, "%s: %v", text, err)
 		require.NotEmpty(t, fe.Reason, text)
 		require.NotEmpty(t, fe.Example, text)
