@@ -181,6 +181,18 @@ func TestBadArguments(t *testing.T) {
 	require.Contains(t, talk.String(), "missing")
 }
 
+// TestPatience has operations that take longer than there is time for.
+func TestPatience(t *testing.T) {
+	c := bench.Config{
+		Openers: []bench.Opener{slowed(bench.Ours, 10*time.Millisecond)},
+		Dir:     t.TempDir(), Sizes: []int{11}, Rounds: 100, Only: []string{"new"}, Patience: time.Millisecond,
+	}
+	require.NoError(t, bench.Run(t.Context(), c, func(r bench.Result) error {
+		require.Equal(t, 3, r.Figures[0].Samples)
+		return nil
+	}))
+}
+
 // TestTransactionsAreCounted compares what is read from the meta pages with
 // what bbolt was asked to do.
 func TestTransactionsAreCounted(t *testing.T) {

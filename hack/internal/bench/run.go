@@ -27,6 +27,9 @@ type Config struct {
 	Sizes []int
 	// Rounds is the number of samples of each operation.
 	Rounds int
+	// Patience bounds the time for the rounds of one operation, if positive:
+	// on a machine that is busy there are fewer, though no less than three.
+	Patience time.Duration
 	// Only names the operations to run; all if empty.
 	Only []string
 	// Progress is told what is under way, if not nil.
@@ -195,6 +198,9 @@ type cost struct {
 	transactions, syncs float64
 }
 
+// fewest rounds have a median that one bad moment does not move.
+const fewest = 3
+
 // measure runs the rounds of one operation; the first ones are not counted.
 func (c *Config) measure(ctx context.Context, op operation, n int, all []contender) (Result, error) {
 	costs := make([][]cost, len(all))
@@ -203,7 +209,11 @@ func (c *Config) measure(ctx context.Context, op operation, n int, all []contend
 		// One run of these is many operations.
 		warmup, rounds = 1, min(max(rounds/5, 1), op.rounds)
 	}
+	start := time.Now()
 	for round := range warmup + rounds {
+		if c.Patience > 0 && round >= warmup+fewest && time.Since(start) > c.Patience {
+			break
+		}
 		for i := range all {
 			// Nobody is always first: the order rotates.
 			at := (round + i) % len(all)
