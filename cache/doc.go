@@ -25,6 +25,13 @@
 // they are removed. A mutable that was neither committed nor retained has no
 // record; it dies with its handle.
 //
+// # Usage and pruning
+//
+// DiskUsage counts everything once; Used, Totals and Reclaimable cost the same
+// however many records there are. Plan computes what policies (package policy)
+// would remove, Execute does it in batches that nobody waits for, and Prune is
+// both. Managers that sync in the background measure sizes there, too.
+//
 // # Locks
 //
 // Ranks are taken downwards only:
@@ -36,7 +43,7 @@
 //     callback or a driver call.
 //  3. a store transaction.
 //  4. leaves: the mount pool's lock of one key (held across the mount call),
-//     the dirty mark.
+//     the dirty mark, the list of records to be measured.
 //
 // A transition is: take the token, call the driver, commit the transaction,
 // publish in memory, drop the token. Whoever reads in between sees the old
