@@ -26,7 +26,8 @@ func newDu(a *app) *cobra.Command {
 what removals under way will free. Records that nobody measured yet are walked.
 The store is opened read-only and no record counts as used.
 
-In use is what somebody holds or what has children; the rest could be removed.
+In use is what somebody holds, with all that lies below it; the rest could be
+removed.
 --verbose adds a line for each record, --tree draws them below their parents.
 
 ` + filterHelp,
@@ -153,7 +154,7 @@ func (a *app) duTotals(u *cache.Usage) {
 		{"database", u.Database, ""},
 		{"pending", u.Pending, "removals under way"},
 		{"total", u.Total, ""},
-		{"in use", u.InUse, "held, or with children"},
+		{"in use", u.InUse, "held, or below what is held"},
 		{"reclaimable", u.Reclaimable, ""},
 		{"shared", u.Shared, "with two children or more"},
 		{"file system", u.FSTotal, size(u.FSFree) + " free"},
