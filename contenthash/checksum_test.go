@@ -3,11 +3,13 @@ package contenthash_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -331,69 +333,160 @@ func TestUnreadable(t *testing.T) {
 	sum(t, contenthash.New(), dir, "/", contenthash.Options{ExcludePatterns: []string{"d/f"}})
 }
 
-// Changes are reported while others ask. In the end the digest is right, and
-// what was read before a change is not taken for what is there after it.
+// Changes are reported while others ask. Whenever all of them were, the digest
+// is right: what was read before a change is not taken for what is there after
+// it.
 func TestChangesWhileAsking(t *testing.T) {
 	dir := scratch(t)
 	manyFiles(t, dir, 4, 10)
 	tree := contenthash.New()
-	i := 0
-	stop := background(t, func() error {
-		i++
-		p := "dir00/sub0000/file" + []string{"00", "03", "07"}[i%3]
-		if err := os.WriteFile(filepath.Join(dir, p), []byte(strings.Repeat("x", i%1000)), 0o644); err != nil {
-			return err
-		}
-		if i%5 == 0 {
-			p = "dir01"
-			if err := os.Rename(filepath.Join(dir, p), filepath.Join(dir, "moved")); err != nil {
-				return err
+	var changes atomic.Int64
+	change := changer(dir, tree)
+	asked := []string{"/", "dir00", "dir01", "dir02"}
+	for round := range 30 {
+		stop := background(t, func() error {
+			defer changes.Add(1)
+			return change()
+		})
+		enough := changes.Load() + 10
+		for j := 0; (j < 10 || changes.Load() < enough) && !t.Failed(); j++ {
+			_, err := tree.Checksum(t.Context(), contenthash.Dir(dir), asked[j%len(asked)], contenthash.Options{})
+			if err != nil && !errors.Is(err, contenthash.ErrChanged) && !errors.Is(err, errdefs.ErrNotFound) {
+				t.Errorf("ask for %s: %v", asked[j%len(asked)], err)
 			}
-			if err := os.Rename(filepath.Join(dir, "moved"), filepath.Join(dir, p)); err != nil {
-				return err
+			if j == 5 {
+				tree.Save()
 			}
-			if err := tree.HandleChange(contenthash.Change{Kind: contenthash.Delete, Path: "moved"}); err != nil {
-				return err
-			}
-			return tree.HandleChange(contenthash.Change{Kind: contenthash.Add, Path: p, Mode: fs.ModeDir})
 		}
-		return tree.HandleChange(contenthash.Change{Kind: contenthash.Modify, Path: p})
-	})
-	for j := range 300 {
-		d, err := tree.Checksum(t.Context(), contenthash.Dir(dir), []string{"/", "dir00", "dir01"}[j%3], contenthash.Options{})
-		if err != nil {
-			require.True(t, errors.Is(err, contenthash.ErrChanged) || errors.Is(err, errdefs.ErrNotFound), "%v", err)
-		} else {
-			require.NotEmpty(t, d)
-		}
-		if j%10 == 0 {
-			tree.Save()
+		stop()
+		require.False(t, t.Failed())
+		for _, p := range asked {
+			require.Equal(t, fresh(t, dir, p), sum(t, tree, dir, p, contenthash.Options{}), "%s in round %d", p, round)
 		}
 	}
-	stop()
-	require.Equal(t, fresh(t, dir, "/"), sum(t, tree, dir, "/", contenthash.Options{}))
 }
 
-// A change that is reported while the file is being read counts: what was read
-// is that of before.
-func TestChangeWhileReading(t *testing.T) {
-	dir := t.TempDir()
-	write(t, dir, "f", "old")
-	tree := contenthash.New()
-	done := false
-	tree.SetClock(func() time.Time {
-		// The clock is asked when the file is open.
-		if open, _ := filepath.Glob("/proc/self/fd/*"); !done && isOpen(open, filepath.Join(dir, "f")) {
-			done = true
-			write(t, dir, "new", "new")
-			require.NoError(t, os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, "f")))
-			require.NoError(t, tree.HandleChange(contenthash.Change{Kind: contenthash.Modify, Path: "f"}))
+// changer returns a function that makes one change after the other to what
+// manyFiles made in dir, and has reported all of it when it returns.
+func changer(dir string, tree *contenthash.Tree) func() error {
+	i := 0
+	rewrite := func(p string) error {
+		return os.WriteFile(filepath.Join(dir, p), []byte(strings.Repeat("x", i%1000)), 0o644)
+	}
+	rename := func(from, to string) error {
+		return os.Rename(filepath.Join(dir, from), filepath.Join(dir, to))
+	}
+	made := "dir02/sub0002/made"
+	return func() error {
+		i++
+		var err error
+		var reports []contenthash.Change
+		switch {
+		case i%40 == 0: // all of it is doubted
+			reports = []contenthash.Change{{Kind: contenthash.Delete, Path: "/"}}
+		case i%10 == 0:
+			err = rewrite(made)
+			reports = []contenthash.Change{{Kind: contenthash.Add, Path: made}}
+		case i%10 == 5:
+			if err = os.Remove(filepath.Join(dir, made)); errors.Is(err, fs.ErrNotExist) {
+				err = nil
+			}
+			reports = []contenthash.Change{{Kind: contenthash.Delete, Path: made}}
+		case i%5 == 1: // away, changed there, and back
+			if err = rename("dir01", "moved"); err == nil {
+				err = errors.Join(rewrite("moved/sub0001/file05"), rename("moved", "dir01"))
+			}
+			reports = []contenthash.Change{
+				{Kind: contenthash.Delete, Path: "moved"},
+				{Kind: contenthash.Add, Path: "dir01", Mode: fs.ModeDir},
+				{Kind: contenthash.Add, Path: "dir01/sub0001", Mode: fs.ModeDir},
+			}
+			for f := range 10 {
+				reports = append(reports, contenthash.Change{Kind: contenthash.Add, Path: fmt.Sprintf("dir01/sub0001/file%02d", f)})
+			}
+		default:
+			p := "dir00/sub0000/file" + []string{"00", "03", "07"}[i%3]
+			err = rewrite(p)
+			reports = []contenthash.Change{{Kind: contenthash.Modify, Path: p}}
 		}
-		return time.Now()
-	})
-	got := sum(t, tree, dir, "/", contenthash.Options{})
-	require.True(t, done)
-	require.Equal(t, fresh(t, dir, "/"), got)
+		for _, c := range reports {
+			err = errors.Join(err, tree.HandleChange(c))
+		}
+		return err
+	}
+}
+
+// A change that is reported while a file is being read counts: what was read,
+// of that file, of one before it or of their directory, is that of before.
+func TestChangeWhileReading(t *testing.T) {
+	modify := func(path string, mode fs.FileMode) contenthash.Change {
+		return contenthash.Change{Kind: contenthash.Modify, Path: path, Mode: mode}
+	}
+	for name, c := range map[string]struct {
+		change  func(t *testing.T, dir string)
+		reports []contenthash.Change
+	}{
+		"the file": {
+			func(t *testing.T, dir string) {
+				write(t, dir, "new", "new")
+				require.NoError(t, os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, "d/b")))
+			},
+			[]contenthash.Change{modify("d/b", 0)},
+		},
+		"a file read before": {
+			func(t *testing.T, dir string) { write(t, dir, "d/a", "new") },
+			[]contenthash.Change{modify("d/a", 0)},
+		},
+		"a file read before, removed": {
+			func(t *testing.T, dir string) { require.NoError(t, os.Remove(filepath.Join(dir, "d/a"))) },
+			[]contenthash.Change{{Kind: contenthash.Delete, Path: "d/a"}},
+		},
+		"a file beside, new": {
+			func(t *testing.T, dir string) { write(t, dir, "d/aa", "new") },
+			[]contenthash.Change{{Kind: contenthash.Add, Path: "d/aa"}},
+		},
+		"a directory in its place": {
+			func(t *testing.T, dir string) {
+				require.NoError(t, os.Remove(filepath.Join(dir, "d/b")))
+				write(t, dir, "d/b/f", "new")
+			},
+			[]contenthash.Change{modify("d/b", fs.ModeDir), modify("d/b/f", 0)},
+		},
+		"another directory above": {
+			func(t *testing.T, dir string) {
+				require.NoError(t, os.Rename(filepath.Join(dir, "d"), filepath.Join(t.TempDir(), "d")))
+				for _, f := range []string{"a", "b", "c"} {
+					write(t, dir, "d/"+f, "new "+f)
+				}
+			},
+			[]contenthash.Change{modify("d", fs.ModeDir), modify("d/a", 0), modify("d/b", 0), modify("d/c", 0)},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			for _, f := range []string{"a", "b", "c"} {
+				write(t, dir, "d/"+f, "old")
+			}
+			tree := contenthash.New()
+			tree.SetWorkers(1) // one after the other
+			done := false
+			tree.SetClock(func() time.Time {
+				// The clock is asked when the file is open.
+				if open, _ := filepath.Glob("/proc/self/fd/*"); !done && isOpen(open, filepath.Join(dir, "d/b")) {
+					done = true
+					c.change(t, dir)
+					for _, r := range c.reports {
+						require.NoError(t, tree.HandleChange(r))
+					}
+				}
+				return time.Now()
+			})
+			got := sum(t, tree, dir, "/", contenthash.Options{})
+			require.True(t, done)
+			require.Equal(t, fresh(t, dir, "/"), got)
+			require.Equal(t, got, sum(t, tree, dir, "/", contenthash.Options{}))
+		})
+	}
 }
 
 func isOpen(fds []string, file string) bool {

@@ -112,7 +112,10 @@ func (f *fetch) look(rd *reader, path string) error {
 			_ = unix.Close(at)
 		}
 	}()
-	n := f.t.root
+	var n *node
+	if !f.current(func() { n = f.t.root }) {
+		return nil // a change may put another root in place
+	}
 	for rest, more := path, true; more; {
 		var name string
 		name, rest, more = strings.Cut(rest, "/")
@@ -191,7 +194,11 @@ func (f *fetch) readNamed(rd *reader, path string, names []string) error {
 
 // readRoot reads the digest of the root's header.
 func (f *fetch) readRoot(rd *reader) error {
-	return f.visitDir(rd, visit{node: f.t.root, header: true})
+	v := visit{header: true}
+	if !f.current(func() { v.node = f.t.root }) {
+		return nil
+	}
+	return f.visitDir(rd, v)
 }
 
 // readAll reads the digests of entries of one directory, and gives half of
