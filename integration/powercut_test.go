@@ -12,12 +12,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
 	"unsafe"
 
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -61,6 +63,14 @@ func (d *disk) mount() {
 
 func (d *disk) unmount() {
 	d.Helper()
+	// What a process that went down with the machine had mounted below.
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(d.dir))
+	require.NoError(d, err)
+	for _, m := range slices.Backward(mounts) {
+		if m.Mountpoint != d.dir {
+			require.NoError(d, unix.Unmount(m.Mountpoint, unix.MNT_DETACH))
+		}
+	}
 	require.NoError(d, unix.Unmount(d.dir, 0))
 }
 

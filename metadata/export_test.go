@@ -25,3 +25,6 @@ func NewestMeta(path string) (MetaPage, error) {
 	m, err := newestMeta(f)
 	return MetaPage{m.root, m.freelist, m.used}, err
 }
+
+// UnderRace says whether the race detector slows everything down.
+const UnderRace = stride > 1

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/cache/policy"
@@ -177,6 +178,13 @@ func (a *app) plan(ctx context.Context, policies []policy.Policy) (_ *policy.Pla
 
 // confirm asks on the terminal.
 func (a *app) confirm(plan *policy.Plan) bool {
+	// Who is not in the terminal's foreground would be stopped by reading: so
+	// is an ordinary user's lamina, which is the child that has the namespace.
+	front, err := unix.IoctlGetInt(int(os.Stdin.Fd()), unix.TIOCGPGRP)
+	if err != nil || front != unix.Getpgrp() {
+		fmt.Fprintln(a.err, "Nothing was removed: this process cannot ask on the terminal. Use --yes.")
+		return false
+	}
 	fmt.Fprintf(a.err, "Remove %s (%s)? [y/N] ", plural(plan.Removed, "record"), size(plan.Freed))
 	answer, _ := bufio.NewReader(os.Stdin).ReadString('\n')
 	switch strings.ToLower(strings.TrimSpace(answer)) {
