@@ -12,7 +12,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
-	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -59,12 +58,7 @@ func openDriver(name string) func(root string) (snapshot.Driver, error) {
 // openContainerd adapts containerd's own snapshotter.
 func openContainerd(root string) (snapshot.Driver, error) {
 	s, err := overlay.NewSnapshotter(filepath.Join(root, "containerd"), overlay.AsynchronousRemove)
-	if err == nil {
-		// A kill in its Prepare leaves a directory that the next one
-		// stumbles over; containerd cleans up when it starts, too.
-		err = s.(snapshots.Cleaner).Cleanup(context.Background())
-	}
-	if err != nil && !errdefs.IsNotFound(err) { // nothing was ever made
+	if err != nil {
 		return nil, err
 	}
 	return snapshot.Adapt("containerd-overlayfs", s, snapshot.AdaptOptions{Root: root, Attributes: snapshot.Trusted}), nil

@@ -203,8 +203,15 @@ func (a *adapted) walk(ctx context.Context, fn snapshots.WalkFunc, filters ...st
 	return err
 }
 
-// Settle implements Driver. The snapshotter below settles its own names.
-func (a *adapted) Settle(context.Context) error { return nil }
+// Settle implements Driver. The snapshotter below settles its own names when
+// it cleans up: containerd's would else meet the directories of a Prepare that
+// was killed.
+func (a *adapted) Settle(ctx context.Context) error {
+	if err := a.cleanBelow(ctx); err != nil {
+		return fmt.Errorf("settle: %w", err)
+	}
+	return nil
+}
 
 // Pending implements Driver.
 func (a *adapted) Pending(ctx context.Context) ([]Pending, error) {

@@ -196,14 +196,21 @@ func (a *adapted) Cleanup(ctx context.Context) error {
 		}
 		errs = append(errs, a.Discard(ctx, p))
 	}
-	if c, ok := a.s.(snapshots.Cleaner); ok {
-		// NotFound: see walk.
-		if err := c.Cleanup(ctx); !errdefs.IsNotFound(err) {
-			errs = append(errs, err)
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(append(errs, a.cleanBelow(ctx))...); err != nil {
 		return fmt.Errorf("clean up: %w", err)
+	}
+	return nil
+}
+
+// cleanBelow lets the snapshotter below remove what none of its names needs.
+func (a *adapted) cleanBelow(ctx context.Context) error {
+	c, ok := a.s.(snapshots.Cleaner)
+	if !ok {
+		return nil
+	}
+	// NotFound: see walk.
+	if err := c.Cleanup(ctx); err != nil && !errdefs.IsNotFound(err) {
+		return err
 	}
 	return nil
 }
