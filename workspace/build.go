@@ -116,7 +116,7 @@ func (r *run) syncBeside(ctx context.Context) (wait func()) {
 
 // end commits the workspace with what is to be known of this run.
 func (r *run) end(ctx context.Context, done *memo, log *runlog.Writer) (err error) {
-	if err := r.mount.Unmount(); err != nil {
+	if err := Unmount(r.mount); err != nil {
 		return err
 	}
 	r.mount = nil

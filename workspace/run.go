@@ -87,7 +87,7 @@ func (r *run) why() []string {
 func (r *run) letGo() error {
 	var errs []error
 	if r.mount != nil {
-		errs = append(errs, r.mount.Unmount())
+		errs = append(errs, Unmount(r.mount))
 		r.mount = nil
 	}
 	if r.hold != nil {

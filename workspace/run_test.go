@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -435,6 +436,26 @@ func TestWithoutASource(t *testing.T) {
 	require.NoError(t, os.RemoveAll(filepath.Join(b.root, "workspaces")))
 	require.Equal(t, []string{"first"}, b.run("ls", other).Why)
 	require.True(t, b.run("ls", other).Cached)
+}
+
+// A file that is still open when the command has ended, as those of a process
+// that was just killed can be, is waited for.
+func TestUnmountWaitsForOpenFiles(t *testing.T) {
+	b := newBench(t, "overlay")
+	b.look(func(m *cache.Manager) {
+		mut, err := m.New(b.ctx, nil, cache.NewOptions{})
+		require.NoError(t, err)
+		mnt, err := mut.Mount(b.ctx, cache.MountOptions{})
+		require.NoError(t, err)
+		f, err := os.Create(filepath.Join(mnt.Path(), "open"))
+		require.NoError(t, err)
+		require.ErrorIs(t, mnt.Unmount(), syscall.EBUSY)
+		done := make(chan error)
+		go func() { done <- workspace.Unmount(mnt) }()
+		require.NoError(t, f.Close())
+		require.NoError(t, <-done)
+		require.NoError(t, mut.Release(b.ctx))
+	})
 }
 
 func TestBadJobs(t *testing.T) {

@@ -7,9 +7,9 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/workspace"
 )
 
 // held is a record that stays mounted, and held against others, while this
@@ -137,11 +137,5 @@ func (a *app) mounted(h *held, previous cache.ID, err error) (*held, error) {
 
 // end unmounts the record and gives it back.
 func (h *held) end() error {
-	err := h.mount.Unmount()
-	// What a killed process had open goes a moment after the process.
-	for pause := time.Millisecond; errors.Is(err, unix.EBUSY) && pause < time.Second; pause *= 2 {
-		time.Sleep(pause)
-		err = h.mount.Unmount()
-	}
-	return errors.Join(err, h.hold.Release())
+	return errors.Join(workspace.Unmount(h.mount), h.hold.Release())
 }
