@@ -24,30 +24,12 @@ reopened under another id (lamina exec --rw). The id stays, nothing is copied.`,
 		ValidArgsFunction: a.completeIDs(1),
 		Annotations:       map[string]string{annotateProbes: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			var v stateView
-			err := a.patiently(cmd.Context(), func() (err error) {
-				v, err = a.commit(cmd.Context(), args[0])
-				return err
-			})
-			if err != nil {
-				return err
-			}
-			return a.printState(v)
+			return a.transition(cmd, args[0], commit)
 		},
 	}
 }
 
-func (a *app) commit(ctx context.Context, arg string) (_ stateView, err error) {
-	m, err := a.open(ctx, changing)
-	if err != nil {
-		return stateView{}, err
-	}
-	defer shut(m, &err)
-	id, err := resolve(ctx, m, arg)
-	if err != nil {
-		return stateView{}, err
-	}
-	defer func() { err = about(id, err) }()
+func commit(ctx context.Context, m *cache.Manager, id cache.ID) (stateView, error) {
 	rec, err := m.Lookup(ctx, id)
 	if err != nil {
 		return stateView{}, err
@@ -65,4 +47,28 @@ func (a *app) commit(ctx context.Context, arg string) (_ stateView, err error) {
 		return stateView{}, errors.Join(err, mut.Release(ctx))
 	}
 	return stateOf(imm.Record(), rec.ID), imm.Release(ctx)
+}
+
+// transition opens the store for one change of a record's state, and prints
+// what became of it. It waits for processes that are dying in the snapshot.
+func (a *app) transition(cmd *cobra.Command, arg string, change func(context.Context, *cache.Manager, cache.ID) (stateView, error)) error {
+	ctx := cmd.Context()
+	var v stateView
+	err := a.patiently(ctx, func() (err error) {
+		m, err := a.open(ctx, changing)
+		if err != nil {
+			return err
+		}
+		defer shut(m, &err)
+		id, err := resolve(ctx, m, arg)
+		if err != nil {
+			return err
+		}
+		v, err = change(ctx, m, id)
+		return about(id, err)
+	})
+	if err != nil {
+		return err
+	}
+	return a.printState(v)
 }

@@ -23,30 +23,12 @@ record cannot be reopened, only continued in a child; the id stays.`,
 		ValidArgsFunction: a.completeIDs(1),
 		Annotations:       map[string]string{annotateProbes: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			var v stateView
-			err := a.patiently(cmd.Context(), func() (err error) {
-				v, err = a.finalize(cmd.Context(), args[0])
-				return err
-			})
-			if err != nil {
-				return err
-			}
-			return a.printState(v)
+			return a.transition(cmd, args[0], finalize)
 		},
 	}
 }
 
-func (a *app) finalize(ctx context.Context, arg string) (_ stateView, err error) {
-	m, err := a.open(ctx, changing)
-	if err != nil {
-		return stateView{}, err
-	}
-	defer shut(m, &err)
-	id, err := resolve(ctx, m, arg)
-	if err != nil {
-		return stateView{}, err
-	}
-	defer func() { err = about(id, err) }()
+func finalize(ctx context.Context, m *cache.Manager, id cache.ID) (_ stateView, err error) {
 	ref, err := m.Get(ctx, id, cache.GetOptions{})
 	if err != nil {
 		return stateView{}, err
