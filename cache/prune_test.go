@@ -313,10 +313,12 @@ func TestCancelledPrune(t *testing.T) {
 		ctx, cancel := context.WithCancel(w.ctx)
 		defer cancel()
 		reached, release := w.driver.Block("Detach", rec.Key)
+		// The call waits until its context ends; were it let go as well, it
+		// would be a matter of luck which of the two it sees first.
+		defer release()
 		go func() {
 			<-reached
 			cancel()
-			release()
 		}()
 		left := map[cache.ID]bool{}
 		for r, err := range w.Execute(ctx, plan) {

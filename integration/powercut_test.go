@@ -379,7 +379,8 @@ func TestPowerCutsWithoutTheMark(t *testing.T) {
 	for _, kind := range []string{"ext4", "xfs"} {
 		t.Run(kind, func(t *testing.T) {
 			r := newPowerRig(t, kind)
-			for range 20 {
+			// A cut tears what is served in one of five rounds or so.
+			for range 500 {
 				r.round(r.boot)
 				m, err := cache.Open(context.Background(), optionsOn(r.dir, r.boot))
 				if err != nil {
