@@ -7,7 +7,7 @@
 //	cmd/lamina
 //	workspace, migrate
 //	cache
-//	snapshot, metadata, contenthash
+//	snapshot, metadata, contenthash, layer
 //
 // integration and hack stand outside: they may import what they like, and
 // nobody imports them.

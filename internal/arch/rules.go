@@ -47,21 +47,24 @@ var rooms = map[string][]string{
 	"metadata":    {},
 	"snapshot":    {},
 	"contenthash": {},
-	"cache":       {"cache/policy", "metadata", "snapshot"},
+	"cache":       {"cache/policy", "metadata", "snapshot", "layer"},
+	// Layer tars know directories, no snapshots and no records.
+	"layer": {"internal/fsat"},
 	// What goes and what stays is decided on plain data.
 	"cache/policy": {},
 
-	"workspace": {"workspace/sandbox", "workspace/source", "workspace/output", "workspace/internal", "cache", "cache/policy", "metadata", "snapshot", "contenthash"},
+	"workspace": {"workspace/sandbox", "workspace/source", "workspace/output", "internal/fsat", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
 	// What the main job is made of knows no cache: each can be understood,
 	// and used, alone.
-	"workspace/sandbox":  {"workspace/internal", "snapshot"},
-	"workspace/source":   {"workspace/internal", "contenthash"},
-	"workspace/output":   {"workspace/internal", "workspace/source"}, // outputs are copied as sources are
-	"workspace/internal": {},
+	"workspace/sandbox": {"snapshot"},
+	"workspace/source":  {"internal/fsat", "contenthash"},
+	"workspace/output":  {"internal/fsat", "workspace/source"}, // outputs are copied as sources are
 
 	"migrate":    {"cache", "cache/policy", "metadata", "snapshot", "contenthash"},
-	"cmd/lamina": {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "cache", "cache/policy", "metadata", "snapshot", "contenthash"},
+	"cmd/lamina": {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
 
+	// Descriptors below a directory: for whoever walks a tree that may be hostile.
+	"internal/fsat": {},
 	"internal/arch": {},
 }
 

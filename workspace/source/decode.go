@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/zstd"
 
-	"github.com/lamina-build/lamina/workspace/internal/fsat"
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // Decode reads what Encode wrote. Anything else is DataLoss, and a later

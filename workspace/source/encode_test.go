@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/lamina-build/lamina/workspace/internal/fsat"
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // odd has every field at its limits.

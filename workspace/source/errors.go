@@ -6,7 +6,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"github.com/lamina-build/lamina/workspace/internal/fsat"
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // ErrChanged is in the chain of a ChangedError. Its class is Aborted: the same

@@ -15,7 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/lamina-build/lamina/workspace/internal/fsat"
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // tb is what both testing.T and rapid.T are.

@@ -9,7 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/moby/patternmatcher"
 
-	"github.com/lamina-build/lamina/workspace/internal/fsat"
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // Options say what of a directory is source.
