@@ -149,6 +149,35 @@ func BenchmarkGet(b *testing.B) {
 	}
 }
 
+// BenchmarkPut rewrites one of a thousand records, as the setting of a value
+// does.
+func BenchmarkPut(b *testing.B) {
+	s := benchStore(b)
+	var ids []metadata.ID
+	update(b, s, func(tx *metadata.Tx) error {
+		for range 1000 {
+			ids = append(ids, s.NewID())
+			if err := tx.Create(benchRecord(ids[len(ids)-1])); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	n := 0
+	for b.Loop() {
+		n++
+		update(b, s, func(tx *metadata.Tx) error {
+			r, err := tx.Get(ids[n*7%len(ids)])
+			if err != nil {
+				return err
+			}
+			r.Values = []metadata.Value{{Name: "value", Data: fmt.Append(nil, n), Index: fmt.Sprint("index:", n)}}
+			_, err = tx.Put(r)
+			return err
+		})
+	}
+}
+
 func BenchmarkTouch(b *testing.B) {
 	s := benchStore(b)
 	for b.Loop() {

@@ -38,10 +38,8 @@ func (s *Store) finish(tx *Tx, batch []*call, withUses bool) error {
 				return err
 			}
 		}
-		if tx.staleTotals {
-			if err := tx.rebuildTotals(); err != nil {
-				return err
-			}
+		if err := tx.writeTotals(); err != nil {
+			return err
 		}
 		return s.makeRoom(tx)
 	}()

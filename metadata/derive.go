@@ -1,44 +1,51 @@
 package metadata
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // Everything in this file is a function of the records. Rows are written by
 // comparing what the old record asks for with what the new one asks for, so
 // a row that both ask for stays, for whichever of their values.
 
-// rowKey names a derived row.
-type rowKey struct{ bucket, key string }
+// row is a derived row.
+type row struct{ bucket, key, value string }
 
-// derived lists the rows that a record asks for, with their values. Totals
+func (r row) compare(o row) int {
+	return cmp.Or(strings.Compare(r.bucket, o.bucket), strings.Compare(r.key, o.key))
+}
+
+// derived lists the rows that a record asks for, in order, each once. Totals
 // are sums over records and not among them.
-func derived(r *Record) map[rowKey]string {
-	rows := map[rowKey]string{}
+func derived(r *Record) []row {
 	if r == nil {
-		return rows
+		return nil
 	}
 	id := string(r.ID)
+	var rows []row
 	for _, k := range indexKeys(r) {
-		rows[rowKey{bucketIndex, string(pairKey(k, id))}] = ""
+		rows = append(rows, row{bucketIndex, string(pairKey(k, id)), ""})
 	}
 	for _, p := range r.Parents {
-		rows[rowKey{bucketChild, string(pairKey(string(p), id))}] = ""
+		rows = append(rows, row{bucketChild, string(pairKey(string(p), id)), ""})
 	}
 	for _, k := range driverKeys(r) {
-		rows[rowKey{bucketSnapshot, k}] = id
+		rows = append(rows, row{bucketSnapshot, k, id})
 	}
 	for _, b := range r.Blobs {
-		rows[rowKey{bucketBlob, string(pairKey(string(b.Digest), id))}] = ""
+		rows = append(rows, row{bucketBlob, string(pairKey(string(b.Digest), id)), ""})
 	}
 	if unsettled(r) {
-		rows[rowKey{bucketUnsettled, id}] = ""
+		rows = append(rows, row{bucketUnsettled, id, ""})
 	}
 	for _, a := range r.Aliases {
-		rows[rowKey{bucketAlias, string(a)}] = id
+		rows = append(rows, row{bucketAlias, string(a), id})
 	}
-	return rows
+	slices.SortFunc(rows, row.compare)
+	return slices.Compact(rows)
 }
 
 // indexKeys are the keys under which ByIndex finds the record.
@@ -81,7 +88,7 @@ func unsettled(r *Record) bool {
 // write replaces a record by another one: old is nil to create, new is nil
 // to delete. It has been checked that nothing stands in the way.
 func (tx *Tx) write(old, new *Record) error {
-	if err := tx.writeTotals(old, new); err != nil {
+	if err := tx.countTotals(old, new); err != nil {
 		return err
 	}
 	if err := tx.writeDerived(derived(old), derived(new)); err != nil {
@@ -103,19 +110,33 @@ func (tx *Tx) write(old, new *Record) error {
 	return tx.put(bucketRecord, []byte(new.ID), b)
 }
 
-func (tx *Tx) writeDerived(old, new map[rowKey]string) error {
-	for row := range old {
-		if _, stays := new[row]; !stays {
-			if err := tx.writeRow(row, "", false); err != nil {
+// writeDerived writes what differs between two lists of rows.
+func (tx *Tx) writeDerived(old, new []row) error {
+	for len(old) > 0 || len(new) > 0 {
+		side := 0
+		switch {
+		case len(old) == 0:
+			side = 1
+		case len(new) == 0:
+			side = -1
+		default:
+			side = old[0].compare(new[0])
+		}
+		switch {
+		case side < 0:
+			if err := tx.writeRow(old[0], false); err != nil {
+				return err
+			}
+		case side > 0 || old[0].value != new[0].value:
+			if err := tx.writeRow(new[0], true); err != nil {
 				return err
 			}
 		}
-	}
-	for row, value := range new {
-		if have, stands := old[row]; !stands || have != value {
-			if err := tx.writeRow(row, value, true); err != nil {
-				return err
-			}
+		if side <= 0 {
+			old = old[1:]
+		}
+		if side >= 0 {
+			new = new[1:]
 		}
 	}
 	return nil
@@ -123,17 +144,17 @@ func (tx *Tx) writeDerived(old, new map[rowKey]string) error {
 
 // writeRow puts or removes one derived row. A child row may change on which
 // side of "shared" its parent is counted.
-func (tx *Tx) writeRow(row rowKey, value string, put bool) error {
+func (tx *Tx) writeRow(r row, put bool) error {
 	set := func() error {
 		if put {
-			return tx.put(row.bucket, []byte(row.key), []byte(value))
+			return tx.put(r.bucket, []byte(r.key), []byte(r.value))
 		}
-		return tx.remove(row.bucket, []byte(row.key))
+		return tx.remove(r.bucket, []byte(r.key))
 	}
-	if row.bucket != bucketChild {
+	if r.bucket != bucketChild {
 		return set()
 	}
-	parent, _, _ := splitPair([]byte(row.key))
+	parent, _, _ := splitPair([]byte(r.key))
 	before, err := tx.shared(ID(parent))
 	if err != nil {
 		return err
@@ -179,22 +200,30 @@ func groupOf(r *Record, shared bool) group { return group{r.Type, r.State, share
 // knownSize is what a record adds to the bytes of its group.
 func knownSize(r *Record) int64 { return max(r.Size, 0) }
 
-func (tx *Tx) writeTotals(old, new *Record) error {
-	if old != nil {
-		shared, err := tx.shared(old.ID)
-		if err != nil {
-			return err
-		}
-		if err := tx.addTotal(groupOf(old, shared), -1, -knownSize(old)); err != nil {
-			return err
-		}
+// totalChange is what is to be added to a total.
+type totalChange struct{ count, size int64 }
+
+// countTotals notes what the change of a record does to the totals. They are
+// written when they are read, or else once at the end of the transaction: in
+// one that many share, most changes of one total meet there.
+func (tx *Tx) countTotals(old, new *Record) error {
+	if old != nil && new != nil && old.ID == new.ID &&
+		groupOf(old, false) == groupOf(new, false) && knownSize(old) == knownSize(new) {
+		return nil
 	}
-	if new != nil {
-		shared, err := tx.shared(new.ID)
+	for _, r := range []*Record{old, new} {
+		if r == nil {
+			continue
+		}
+		shared, err := tx.shared(r.ID)
 		if err != nil {
 			return err
 		}
-		return tx.addTotal(groupOf(new, shared), 1, knownSize(new))
+		n := int64(1)
+		if r == old {
+			n = -1
+		}
+		tx.addTotal(groupOf(r, shared), n, n*knownSize(r))
 	}
 	return nil
 }
@@ -212,31 +241,52 @@ func (tx *Tx) moveTotal(id ID, before, after bool) error {
 	case r == nil:
 		return nil
 	}
-	if err := tx.addTotal(groupOf(r, before), -1, -knownSize(r)); err != nil {
-		return err
-	}
-	return tx.addTotal(groupOf(r, after), 1, knownSize(r))
+	tx.addTotal(groupOf(r, before), -1, -knownSize(r))
+	tx.addTotal(groupOf(r, after), 1, knownSize(r))
+	return nil
 }
 
-func (tx *Tx) addTotal(g group, count, size int64) error {
-	key := totalKey(g)
-	value, ok, err := tx.get(bucketTotal, key)
-	if err != nil {
-		return err
+func (tx *Tx) addTotal(g group, count, size int64) {
+	if tx.totals == nil {
+		tx.totals = map[group]totalChange{}
 	}
-	if ok {
-		c, s, err := readTotal(key, value)
-		if err != nil {
-			tx.staleTotals = true
-			return nil
+	c := tx.totals[g]
+	tx.totals[g] = totalChange{c.count + count, c.size + size}
+}
+
+// writeTotals brings the rows up to date.
+func (tx *Tx) writeTotals() error {
+	changes := tx.totals
+	tx.totals = nil
+	for g, c := range changes {
+		if c == (totalChange{}) || tx.staleTotals {
+			continue
 		}
-		count, size = count+c, size+s
+		key := totalKey(g)
+		value, ok, err := tx.get(bucketTotal, key)
+		if err != nil {
+			return err
+		}
+		if ok {
+			count, size, err := readTotal(key, value)
+			if err != nil {
+				tx.staleTotals = true
+				continue
+			}
+			c = totalChange{c.count + count, c.size + size}
+		}
+		if c.count < 0 || c.size < 0 {
+			tx.staleTotals = true
+			continue
+		}
+		if err := tx.putTotal(g, c.count, c.size); err != nil {
+			return err
+		}
 	}
-	if count < 0 || size < 0 {
-		tx.staleTotals = true
-		return nil
+	if tx.staleTotals {
+		return tx.rebuildTotals()
 	}
-	return tx.putTotal(g, count, size)
+	return nil
 }
 
 func (tx *Tx) putTotal(g group, count, size int64) error {

@@ -29,6 +29,9 @@ func (w *refill) update(fn func(*Tx) error) error {
 		if err := fn(tx); err != nil {
 			return err
 		}
+		if err := tx.writeTotals(); err != nil {
+			return err
+		}
 		return tx.err
 	})
 }

@@ -129,9 +129,12 @@ func (tx *Tx) change(what, bucket string, key []byte, f func(*bolt.Bucket) error
 		if err := tx.tree.look(bucket, key, true); err != nil {
 			return err
 		}
-		b, err := tx.tx.CreateBucketIfNotExists([]byte(bucket))
-		if err != nil {
-			return err
+		b := tx.tx.Bucket([]byte(bucket))
+		if b == nil {
+			var err error
+			if b, err = tx.tx.CreateBucket([]byte(bucket)); err != nil {
+				return err
+			}
 		}
 		return f(b)
 	})

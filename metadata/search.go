@@ -219,6 +219,11 @@ type Total struct {
 
 // Totals returns the sums over all records. They are read, not computed.
 func (tx *Tx) Totals() ([]Total, error) {
+	if tx.writable {
+		if err := tx.writeTotals(); err != nil {
+			return nil, err
+		}
+	}
 	var out []Total
 	c := tx.cursor(bucketTotal)
 	for k, v, ok := c.seek(nil); ok; k, v, ok = c.next() {

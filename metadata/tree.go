@@ -24,6 +24,12 @@ type tree struct {
 	// passOver makes walks pass over what is damaged, and look-ups find
 	// nothing there.
 	passOver bool
+
+	// roots are the buckets that were found: this state has them where they
+	// are. A tree belongs to one goroutine.
+	roots map[string]bucketRoot
+	// stack is what the last look-up went by, to be used again.
+	stack []position
 }
 
 // maxDepth is more than any tree of bbolt has: each branch has two pages
@@ -75,9 +81,28 @@ type bucketRoot struct {
 	sequence uint64
 }
 
+// lookUp is a cursor for one look-up, which ends before the next one begins.
+func (t *tree) lookUp(b bucketRoot) treeCursor {
+	return treeCursor{t: t, root: b, stack: t.stack[:0]}
+}
+
 // bucket finds a bucket of the top level.
 func (t *tree) bucket(name string) (b bucketRoot, ok bool, err error) {
-	c := treeCursor{t: t, root: bucketRoot{page: t.root}}
+	if b, ok = t.roots[name]; ok {
+		return b, true, nil
+	}
+	if b, ok, err = t.findBucket(name); ok {
+		if t.roots == nil {
+			t.roots = map[string]bucketRoot{}
+		}
+		t.roots[name] = b
+	}
+	return b, ok, err
+}
+
+func (t *tree) findBucket(name string) (b bucketRoot, ok bool, err error) {
+	c := t.lookUp(bucketRoot{page: t.root})
+	defer func() { t.stack = c.stack }()
 	if ok, err = c.seek([]byte(name)); err != nil || !ok || string(c.key()) != name {
 		return b, false, err
 	}
@@ -98,7 +123,8 @@ func (t *tree) get(bucket string, key []byte) (v []byte, ok bool, err error) {
 	if err != nil || !ok {
 		return nil, false, err
 	}
-	c := treeCursor{t: t, root: b}
+	c := t.lookUp(b)
+	defer func() { t.stack = c.stack }()
 	if ok, err = c.seek(key); err != nil || !ok || !bytes.Equal(c.key(), key) {
 		return nil, false, err
 	}
@@ -113,7 +139,8 @@ func (t *tree) look(bucket string, key []byte, neighbours bool) error {
 	if err != nil || !ok || b.inline != nil {
 		return err
 	}
-	c := treeCursor{t: t, root: b}
+	c := t.lookUp(b)
+	defer func() { t.stack = c.stack }()
 	if err := c.descend(key); err != nil || !neighbours {
 		return err
 	}

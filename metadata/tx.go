@@ -35,6 +35,8 @@ type Tx struct {
 	// largest row, in bytes; creates says that something new was.
 	putBytes, largest int64
 	creates           bool
+	// totals are changes of the totals that are not in their rows yet.
+	totals map[group]totalChange
 	// staleTotals asks for rebuildTotals before the commit.
 	staleTotals bool
 	// done is set when the function has returned.
@@ -249,29 +251,43 @@ func (tx *Tx) childless(id ID) error {
 // that is rewritten keeps its own names; one that replaces another takes over
 // its driver keys only, since no id may ever name two contents.
 func (tx *Tx) free(old, r *Record) error {
-	mine := func(id ID) bool { return old != nil && id == old.ID }
-	rewrite := mine(r.ID)
-	for i, name := range append([]ID{r.ID}, r.Aliases...) {
-		what := "id"
-		if i > 0 {
-			what = "alias"
-		}
-		owner, err := tx.owner(name)
-		if err != nil {
+	rewrite := old != nil && old.ID == r.ID
+	if !rewrite {
+		if err := tx.freeName(r, "id", r.ID); err != nil {
 			return err
 		}
-		if owner != "" && !(rewrite && owner == r.ID) {
-			return fmt.Errorf("record %q: %s %q is taken by record %q: %w", r.ID, what, name, owner, errdefs.ErrAlreadyExists)
+	}
+	for _, a := range r.Aliases {
+		if rewrite && slices.Contains(old.Aliases, a) {
+			continue
+		}
+		if err := tx.freeName(r, "alias", a); err != nil {
+			return err
 		}
 	}
 	for _, k := range driverKeys(r) {
+		if old != nil && slices.Contains(driverKeys(old), k) {
+			continue
+		}
 		owner, err := tx.ByKey(k)
-		if err == nil && !mine(owner) {
+		if err == nil {
 			return fmt.Errorf("record %q: driver key %q is taken by record %q: %w", r.ID, k, owner, errdefs.ErrAlreadyExists)
 		}
-		if err != nil && !errdefs.IsNotFound(err) {
+		if !errdefs.IsNotFound(err) {
 			return err
 		}
+	}
+	return nil
+}
+
+// freeName checks that nobody has an id or alias that r asks for.
+func (tx *Tx) freeName(r *Record, what string, name ID) error {
+	owner, err := tx.owner(name)
+	if err != nil {
+		return err
+	}
+	if owner != "" {
+		return fmt.Errorf("record %q: %s %q is taken by record %q: %w", r.ID, what, name, owner, errdefs.ErrAlreadyExists)
 	}
 	return nil
 }
