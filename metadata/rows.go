@@ -47,9 +47,9 @@ func (tx *Tx) fail(err error) {
 
 // newTx wraps a transaction of bbolt.
 func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
-	size := b.DB().Info().PageSize
-	t := &tree{pageSize: uint64(size), used: uint64(b.Size()) / uint64(size), root: uint64(b.Cursor().Bucket().Root())}
-	t.src = mapped(b)
+	info := b.DB().Info()
+	size := uint64(info.PageSize)
+	t := &tree{src: mapped(b, info), pageSize: size, used: uint64(b.Size()) / size, root: uint64(b.Cursor().Bucket().Root())}
 	if b.Writable() {
 		t.checked = map[uint64]struct{}{}
 	}
@@ -64,8 +64,7 @@ func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
 
 // mapped is the part of the memory map that the transaction sees. It stands
 // until the transaction ends, or commits.
-func mapped(b *bolt.Tx) mapSource {
-	info := b.DB().Info()
+func mapped(b *bolt.Tx, info *bolt.Info) mapSource {
 	// The field is an address outside of Go's heap.
 	at := *(*unsafe.Pointer)(unsafe.Pointer(&info.Data))
 	return unsafe.Slice((*byte)(at), b.Size())

@@ -27,7 +27,7 @@ type tree struct {
 
 	// roots are the buckets that were found: this state has them where they
 	// are. A tree belongs to one goroutine.
-	roots map[string]bucketRoot
+	roots []namedRoot
 	// stack is what the last look-up went by, to be used again.
 	stack []position
 }
@@ -86,16 +86,20 @@ func (t *tree) lookUp(b bucketRoot) treeCursor {
 	return treeCursor{t: t, root: b, stack: t.stack[:0]}
 }
 
+type namedRoot struct {
+	name string
+	bucketRoot
+}
+
 // bucket finds a bucket of the top level.
 func (t *tree) bucket(name string) (b bucketRoot, ok bool, err error) {
-	if b, ok = t.roots[name]; ok {
-		return b, true, nil
+	for i := range t.roots {
+		if t.roots[i].name == name {
+			return t.roots[i].bucketRoot, true, nil
+		}
 	}
 	if b, ok, err = t.findBucket(name); ok {
-		if t.roots == nil {
-			t.roots = map[string]bucketRoot{}
-		}
-		t.roots[name] = b
+		t.roots = append(t.roots, namedRoot{name, b})
 	}
 	return b, ok, err
 }
@@ -195,6 +199,9 @@ func (c *treeCursor) value() (v []byte, nested bool) { return c.top().p.value(c.
 // push goes to the page that the top of the stack leads to, or to the root.
 func (c *treeCursor) push() error {
 	if len(c.stack) == 0 {
+		if c.stack == nil {
+			c.stack = make([]position, 0, 4) // as deep as most trees are
+		}
 		if c.root.inline != nil {
 			c.stack = append(c.stack, position{p: *c.root.inline})
 			return nil

@@ -49,11 +49,12 @@ func isDamaged(err error) bool { return errors.Is(err, ErrDamaged) }
 
 // load reads a record by its id alone; nil means that there is none.
 func (tx *Tx) load(id ID) (*Record, error) {
-	v, ok, err := tx.get(bucketRecord, []byte(id))
-	if err != nil || !ok {
+	var r *Record
+	var damaged error
+	if err := tx.find(bucketRecord, []byte(id), func(v []byte) { r, damaged = decodeRecord(id, v) }); err != nil {
 		return nil, err
 	}
-	return decodeRecord(id, v)
+	return r, damaged
 }
 
 // stored is load for ids that must be there.
