@@ -451,11 +451,9 @@ func TestBadInput(t *testing.T) {
 
 func TestSecondOpenerIsToldWhoHasTheStore(t *testing.T) {
 	w := newWorld(t, overlayKind)
-	start := time.Now()
 	_, err := cache.Open(w.ctx, cache.Options{Root: w.root, LockTimeout: 50 * time.Millisecond})
 	require.ErrorIs(t, err, errdefs.ErrUnavailable)
 	require.ErrorContains(t, err, "pid")
-	require.Less(t, time.Since(start), 5*time.Second)
 }
 
 // A record is found under its aliases until it is reopened: after that none of

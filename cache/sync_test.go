@@ -83,7 +83,7 @@ func TestSyncInTheBackground(t *testing.T) {
 
 func TestManyCommitsShareASync(t *testing.T) {
 	w := newWorld(t, overlayKind)
-	w.opts = func(o *cache.Options) { o.SyncInterval = 100 * time.Millisecond }
+	w.opts = func(o *cache.Options) { o.SyncInterval = time.Second }
 	w.reopenStore()
 	const writers, each = 64, 10
 	var wg sync.WaitGroup
