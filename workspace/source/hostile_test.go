@@ -30,10 +30,8 @@ func TestSwappedDirectoriesLeadNowhere(t *testing.T) {
 				return
 			default:
 			}
-			for _, d := range []string{src + "/d", dst + "/d", src + "/d/e", dst + "/d/e"} {
-				if unix.Renameat2(unix.AT_FDCWD, base+"/evil", unix.AT_FDCWD, d, unix.RENAME_EXCHANGE) == nil {
-					_ = unix.Renameat2(unix.AT_FDCWD, base+"/evil", unix.AT_FDCWD, d, unix.RENAME_EXCHANGE)
-				}
+			for _, d := range []string{src, dst, src + "/d", dst + "/d"} {
+				swap(base+"/evil", d)
 			}
 		}
 	})
@@ -67,6 +65,24 @@ func TestSwappedDirectoriesLeadNowhere(t *testing.T) {
 	require.NoError(t, os.Mkdir(dst, 0o755))
 	syncDirs(t, src, dst, nil)
 	requireSynced(t, src, dst)
+}
+
+// swap exchanges evil for the directory d or e in dir, and back. A sync may have
+// brought the link itself to where dir is, as a link of its source, and the
+// swapping must not be led outside by it.
+func swap(evil, dir string) {
+	name := "d"
+	if filepath.Base(dir) == "d" {
+		name = "e"
+	}
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if unix.Renameat2(unix.AT_FDCWD, evil, fd, name, unix.RENAME_EXCHANGE) == nil {
+		_ = unix.Renameat2(unix.AT_FDCWD, evil, fd, name, unix.RENAME_EXCHANGE)
+	}
 }
 
 // A FIFO in place of a file that was there a moment ago makes nobody wait.
