@@ -50,9 +50,13 @@ type Change struct {
 // A holder that may write begins with it. One that reports every change that
 // it makes with HandleChange ends with Confirm, and nothing needs validation;
 // another one ends with Seal. One that is cut off ends with neither.
+//
+// The next Save writes the index page whatever it says: UnconfirmStored may
+// have changed the stored one.
 func (t *Tree) Unconfirm() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.pages.index = nil
 	t.rev++
 	t.epoch++
 	if t.writing {
@@ -81,12 +85,16 @@ func (t *Tree) Confirm() {
 }
 
 // Seal ends what Unconfirm began without saying what was changed: from now on
-// nothing changes, and each fact is validated once before it is used.
+// nothing changes, and each fact is validated once before it is used. A tree of
+// digests that BuildKit stored is forgotten: nothing of it can be validated.
 func (t *Tree) Seal() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.writing {
 		t.writing = false
+		if t.legacy {
+			t.discard()
+		}
 		t.revalidate()
 	}
 }

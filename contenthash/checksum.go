@@ -75,13 +75,17 @@ func (t *Tree) work(ctx context.Context, open Opener, q *query) (s sum, err erro
 	if t.writing {
 		t.revalidate() // files may have changed since the last question
 	}
+	rev := t.rev
 	t.mu.Unlock()
 	r := &run{t: t, sums: true, missing: map[string]bool{}}
 	for range maxRounds {
 		t.mu.Lock()
+		if t.rev != rev {
+			rev = t.rev
+			clear(r.missing) // what was not there may be there now
+		}
 		r.forgetWants()
 		s, known, err := r.answer(q)
-		rev := t.rev
 		t.mu.Unlock()
 		if err != nil {
 			return s, err
@@ -100,9 +104,6 @@ func (t *Tree) work(ctx context.Context, open Opener, q *query) (s sum, err erro
 		f := &fetch{t: t, root: rootDir{int(root.dir.Fd())}, rev: rev, missing: r.missing}
 		if err := f.run(ctx, r); err != nil {
 			return s, err
-		}
-		if f.stale {
-			clear(r.missing)
 		}
 	}
 	return s, failed("hash", q.path, ErrChanged)

@@ -397,12 +397,17 @@ func (d *decoder) epoch(trusted bool) uint32 {
 // UnconfirmStored returns a stored index page changed so that all entries of
 // the tree have to be validated, whatever the pages say: what belongs into the
 // transaction that gives a snapshot to a writer. Other pages stay as they are.
+// Nil without an error says that all pages must go: nothing of a tree that
+// BuildKit stored outlives a writer.
 func UnconfirmStored(index []byte) ([]byte, error) {
 	if _, _, err := open(indexName, index, maxIndex); err != nil {
 		return nil, &DamagedError{Page: indexName, Err: err}
 	}
 	out := slices.Clone(index)
 	if len(out) > pageHead {
+		if out[pageHead]&iLegacy != 0 {
+			return nil, nil
+		}
 		out[pageHead] &^= iTrust // trustNone
 	}
 	endPage(indexName, out)

@@ -19,8 +19,6 @@ type fetch struct {
 	rev     uint64
 	missing map[string]bool // of the run
 	pool    *pool           // of the phase under way
-	// stale is set when rev has changed. Guarded by t.mu.
-	stale bool
 }
 
 func (f *fetch) run(ctx context.Context, r *run) error {
@@ -85,7 +83,6 @@ func (f *fetch) apply(change func()) {
 	f.t.mu.Lock()
 	defer f.t.mu.Unlock()
 	if f.t.rev != f.rev {
-		f.stale = true
 		return
 	}
 	change()
@@ -97,7 +94,7 @@ func (f *fetch) current(look func()) bool {
 	f.t.mu.RLock()
 	defer f.t.mu.RUnlock()
 	if f.t.rev != f.rev {
-		return false // stale is set by the first apply, or not needed
+		return false
 	}
 	look()
 	return true
