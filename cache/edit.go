@@ -2,10 +2,10 @@ package cache
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -17,6 +17,8 @@ import (
 type Edit struct {
 	rec    *Record
 	attach map[string][]byte // nil means delete
+	// detach are prefixes of stored attachments that go.
+	detach []string
 }
 
 // newEdit begins to edit a record that is in memory only.
@@ -91,15 +93,26 @@ func (e *Edit) Attach(name string, data []byte) error {
 	return nil
 }
 
+// DetachAll removes all attachments whose names begin with prefix. Those that
+// are attached later in the same edit stay.
+func (e *Edit) DetachAll(prefix string) {
+	maps.DeleteFunc(e.attach, func(name string, _ []byte) bool { return strings.HasPrefix(name, prefix) })
+	e.detach = append(e.detach, prefix)
+}
+
 func (e *Edit) writeAttachments(tx *metadata.Tx) error {
+	stored := Attachments{tx: tx, id: e.rec.ID}
+	for _, prefix := range e.detach {
+		if err := stored.DeleteAll(prefix); err != nil {
+			return err
+		}
+	}
 	for _, name := range slices.Sorted(maps.Keys(e.attach)) {
 		var err error
 		if data := e.attach[name]; data == nil {
-			if err = tx.DeleteAttachment(e.rec.ID, name); errors.Is(err, errdefs.ErrNotFound) {
-				err = nil
-			}
+			err = stored.Delete(name)
 		} else {
-			err = tx.SetAttachment(e.rec.ID, name, data)
+			err = stored.Set(name, data)
 		}
 		if err != nil {
 			return err

@@ -37,6 +37,7 @@ type Manager struct {
 	log       *slog.Logger
 	now       func() time.Time
 	step      func(string) error
+	unconfirm func([]byte) ([]byte, error)
 	marks     *marks
 	pool      *pool
 	syncer    *syncer
@@ -99,6 +100,7 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 		log:       o.Logger,
 		now:       o.Now,
 		step:      o.Step,
+		unconfirm: o.Unconfirm,
 		entries:   map[metadata.ID]*entry{},
 		written:   map[string]struct{}{},
 		unswapped: map[metadata.ID]bool{},

@@ -60,6 +60,12 @@ type Options struct {
 	// Command is what others are told about this process, os.Args if empty.
 	Command string
 
+	// Unconfirm changes, in the transaction of a reopen, the index page of the
+	// record's stored hash tree (the attachment TreeIndex), so that what it
+	// says is validated before it is believed: contenthash.UnconfirmStored.
+	// Where it is nil, or gives nil, the attachments below TreePrefix go.
+	Unconfirm func(index []byte) ([]byte, error)
+
 	// SyncInterval is how long committed data may wait until a sync in the
 	// background writes it to the disk and marks it durable; Close does the
 	// rest. DefaultSyncInterval if zero; negative leaves it to Sync. With it

@@ -159,6 +159,9 @@ func (m *Manager) replace(ctx context.Context, old ID, o ReopenOptions) (*Record
 		if err := tx.Replace(old, next); err != nil {
 			return err
 		}
+		if err := m.unconfirmTree(&Attachments{tx: tx, id: next.ID}); err != nil {
+			return err
+		}
 		return edit.writeAttachments(tx)
 	})
 	if err != nil {

@@ -22,6 +22,19 @@ func NewRoot(dir *os.File, release func() error) *Root {
 	return &Root{dir: dir, release: release}
 }
 
+// OnClose has then called after the directory is closed and r's own release.
+func (r *Root) OnClose(then func()) *Root {
+	release := r.release
+	r.release = func() (err error) {
+		if release != nil {
+			err = release()
+		}
+		then()
+		return err
+	}
+	return r
+}
+
 func (r *Root) close() error {
 	err := r.dir.Close()
 	if r.release != nil {

@@ -6,6 +6,7 @@
 //
 //	cmd/lamina
 //	workspace, migrate
+//	checksum
 //	cache
 //	snapshot, metadata, contenthash, layer
 //

@@ -53,15 +53,18 @@ var rooms = map[string][]string{
 	// What goes and what stays is decided on plain data.
 	"cache/policy": {},
 
-	"workspace": {"workspace/sandbox", "workspace/source", "workspace/output", "internal/fsat", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
+	// Content hashes of records: it joins two rooms that do not know each other.
+	"checksum": {"cache", "contenthash", "metadata", "snapshot"},
+
+	"workspace": {"workspace/sandbox", "workspace/source", "workspace/output", "internal/fsat", "checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
 	// What the main job is made of knows no cache: each can be understood,
 	// and used, alone.
 	"workspace/sandbox": {"snapshot"},
 	"workspace/source":  {"internal/fsat", "contenthash"},
 	"workspace/output":  {"internal/fsat", "workspace/source"}, // outputs are copied as sources are
 
-	"migrate":    {"cache", "cache/policy", "metadata", "snapshot", "contenthash"},
-	"cmd/lamina": {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
+	"migrate":    {"checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash"},
+	"cmd/lamina": {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
 
 	// Descriptors below a directory: for whoever walks a tree that may be hostile.
 	"internal/fsat": {},
