@@ -203,15 +203,19 @@ func TestRefusedFiles(t *testing.T) {
 			for _, readOnly := range []bool{false, true} {
 				path := storePath(t)
 				require.NoError(t, os.WriteFile(path, tt.content, 0o600))
+				require.NoError(t, os.WriteFile(path+".holder", []byte("whose it is"), 0o600))
 				_, err := metadata.Open(t.Context(), path, metadata.Options{ReadOnly: readOnly})
 				require.ErrorIs(t, err, tt.is)
+				holder, err := os.ReadFile(path + ".holder")
+				require.NoError(t, err)
+				require.Equal(t, "whose it is", string(holder))
 				got, err := os.ReadFile(path)
 				require.NoError(t, err)
 				require.Equal(t, len(tt.content), len(got))
 				require.Equal(t, string(tt.content), string(got), "a refused file is left as it was")
 				entries, err := os.ReadDir(filepath.Dir(path))
 				require.NoError(t, err)
-				require.Len(t, entries, 1)
+				require.Len(t, entries, 2)
 			}
 		})
 	}

@@ -389,6 +389,9 @@ func (s *Store) Close() error {
 			s.seal()
 		}
 		s.breakDown(ErrClosed) //nolint:errcheck // what it returns is for callers of others
+		if !s.opts.ReadOnly && !s.wedged.Load() {
+			clearHolder(s.path) // as long as the lock is held
+		}
 		s.closeErr = errors.Join(s.closeErr, s.release())
 	})
 	return s.closeErr
@@ -399,9 +402,6 @@ func (s *Store) release() error {
 	h := s.now.Load()
 	if s.wedged.Load() {
 		return closeFile(h.file)
-	}
-	if !s.opts.ReadOnly {
-		clearHolder(s.path)
 	}
 	if err := h.db.Close(); err != nil {
 		return fmt.Errorf("close %s: %w", s.path, err)
