@@ -120,3 +120,32 @@ func (t *Tree) Verify(ctx context.Context, open contenthash.Opener, percent floa
 	}
 	return v, err
 }
+
+// Stored lists the immutable records that have snapshots: those with stored
+// content hashes, and those without, sorted by id.
+func Stored(ctx context.Context, m *cache.Manager) (with, without []cache.ID, err error) {
+	var ids []cache.ID
+	for rec, err := range m.Records(ctx) {
+		if errors.Is(err, errdefs.ErrDataLoss) {
+			continue
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		if rec.State == cache.Committed || rec.State == cache.Finalized {
+			ids = append(ids, rec.ID)
+		}
+	}
+	for _, id := range ids {
+		_, err := m.Attachment(ctx, id, cache.TreeIndex)
+		switch {
+		case err == nil:
+			with = append(with, id)
+		case errors.Is(err, errdefs.ErrNotFound), errors.Is(err, errdefs.ErrDataLoss):
+			without = append(without, id)
+		default:
+			return nil, nil, err
+		}
+	}
+	return with, without, nil
+}

@@ -32,7 +32,7 @@ func (r *run) build(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, log.Close()) }()
 	if r.job.OnStart != nil {
-		r.job.OnStart(r.res.Why)
+		r.job.OnStart(r.res)
 	}
 	start := time.Now()
 	failed := r.command(ctx, log)

@@ -55,11 +55,11 @@ type Job struct {
 	Stderr  io.Writer
 	Signals <-chan os.Signal
 
-	// OnWait hears whom the run waits for; OnStart why the command runs, just
-	// before it does; OnCached that it does not; OnNote what of the source
+	// OnWait hears whom the run waits for; OnStart that the command is about to
+	// run, with what is known of the result, such as why; OnCached that it does not; OnNote what of the source
 	// could not be kept as it is. Any may be nil.
 	OnWait   func(cache.Holder)
-	OnStart  func(why []string)
+	OnStart  func(Result)
 	OnCached func()
 	OnNote   func(source.Note)
 	Progress source.Progress
@@ -76,12 +76,15 @@ type Result struct {
 	Cached bool `json:"cached"`
 	// Reopened says that the run went on in the same snapshot.
 	Reopened bool `json:"reopened"`
-	// Why lists what differed from the last run: "first", "source",
-	// "command", "env:NAME", "mounts", "failed", "interrupted",
-	// "output:PATH", "log" or "no-memo".
-	Why          []string      `json:"why"`
-	Driver       string        `json:"driver"`
-	SourceDigest digest.Digest `json:"source_digest"`
+	// Why lists what differed from the last run: "first", "source" with
+	// "source:PATH" for the first few paths that changed, "command",
+	// "env:NAME", "mounts", "failed", "interrupted", "output:PATH", "log" or
+	// "no-memo".
+	Why []string `json:"why"`
+	// SourceChanges counts all paths of the source that changed.
+	SourceChanges int           `json:"source_changes"`
+	Driver        string        `json:"driver"`
+	SourceDigest  digest.Digest `json:"source_digest"`
 	// Changed and Removed count the entries that the sync touched.
 	Changed  int           `json:"changed"`
 	Removed  int           `json:"removed"`

@@ -3,6 +3,7 @@ package workspace
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/workspace/source"
@@ -77,10 +78,30 @@ func (r *run) why() []string {
 		why = append(why, "first")
 	} else {
 		why = append(why, r.memo.why(r.job, r.tree.Digest())...)
+		why = r.nameSources(why)
 		why = append(why, r.forced...)
 	}
 	r.res.Why, r.res.SourceDigest = why, r.tree.Digest()
 	return why
+}
+
+// namedSources is how many of the source's paths that changed are named.
+const namedSources = 5
+
+// nameSources puts the first paths that changed behind the reason "source".
+func (r *run) nameSources(why []string) []string {
+	at := slices.Index(why, "source")
+	if at < 0 || r.prev == nil {
+		return why
+	}
+	var named []string
+	r.res.SourceChanges = 0
+	for path := range source.Changed(r.prev, r.tree) {
+		if r.res.SourceChanges++; len(named) < namedSources {
+			named = append(named, "source:"+path)
+		}
+	}
+	return slices.Insert(why, at+1, named...)
 }
 
 // letGo ends mount and hold.

@@ -160,7 +160,8 @@ func TestARunIsCachedAndIncremental(t *testing.T) {
 		})
 		b.write("a.txt", "two")
 		third := b.run(script, b.out("result"))
-		require.Equal(b, []string{"source"}, third.Why)
+		require.Equal(b, []string{"source", "source:a.txt"}, third.Why)
+		require.Equal(b, 1, third.SourceChanges)
 		require.True(b, third.Reopened)
 		require.Equal(b, first.ID, third.PreviousID)
 		require.NotEqual(b, first.ID, third.ID)
@@ -198,7 +199,8 @@ func TestTheSourceIsMirrored(t *testing.T) {
 	res := b.run(list+"; test ! -e dir", exclude)
 	require.Equal(t, "./keep ./product\n", b.stdout.String())
 	require.Equal(t, 3, res.Removed)
-	require.Equal(t, []string{"source", "command"}, res.Why)
+	require.Equal(t, []string{"source", "source:dir", "source:dir/gone", "source:gone", "command"}, res.Why)
+	require.Equal(t, 3, res.SourceChanges)
 	b.run(list, func(j *workspace.Job) { j.Source = "" })
 	require.Equal(t, "./product\n", b.stdout.String(), "a source that is given up is removed")
 }
@@ -237,7 +239,13 @@ func TestWhatCounts(t *testing.T) {
 	mounted := func(j *workspace.Job) { j.Mounts = []sandbox.Mount{{Source: dir, Target: dir, ReadOnly: true}} }
 	require.Equal(t, []string{"mounts", "env:C", "env:D"}, run(mounted))
 	require.NoError(t, os.Chmod(filepath.Join(b.src, "a"), 0o755))
-	require.Equal(t, []string{"source"}, run(mounted))
+	require.Equal(t, []string{"source", "source:a"}, run(mounted))
+	for i := range 8 {
+		b.write(fmt.Sprint("new", i), "1")
+	}
+	res := b.run("true", mounted)
+	require.Equal(t, []string{"source", "source:new0", "source:new1", "source:new2", "source:new3", "source:new4"}, res.Why)
+	require.Equal(t, 8, res.SourceChanges)
 
 	db, err := os.ReadFile(filepath.Join(b.root, cache.StoreFile))
 	require.NoError(t, err)

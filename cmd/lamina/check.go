@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/checksum"
 	"github.com/lamina-build/lamina/metadata"
 )
 
@@ -38,19 +39,22 @@ with snapshots anew. A finding that is gone then is printed as repaired; the exi
 code is 5 if one stays. A record in quarantine is one that was damaged and has
 been set aside: it is listed, and counts as repaired.
 
---read-data reads data again and compares it with digests; no record has a digest
-of its data yet, so it reads nothing, and says that, too.`,
+--read-data reads so much of the data again, chosen at random, and compares it
+with the digests that are stored: those of files whose hash was asked for once
+(see lamina hash). Data that differ are a finding that no repair can mend. What
+has no stored digest is counted, not read.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if cmd.Flags().Changed("read-data") {
-				if err := checkPercent(o.readData); err != nil {
+				percent, err := parsePercent(o.readData)
+				if err != nil {
 					return usage(cmd, err)
 				}
-				fmt.Fprintf(a.err, "lamina: --read-data: no record has a digest of its data yet; nothing is read\n")
+				o.percent = percent
 			}
 			return a.check(cmd, o)
 		},
-		Annotations:       map[string]string{annotateProbes: ""},
+		Annotations:       map[string]string{annotateMounts: ""},
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
 	cmd.Flags().BoolVar(&o.repair, "repair", false, "repair what can be repaired")
@@ -61,15 +65,17 @@ of its data yet, so it reads nothing, and says that, too.`,
 type checkOptions struct {
 	repair   bool
 	readData string
+	// percent is what readData says, 0 if nothing is to be read.
+	percent float64
 }
 
-// checkPercent refuses what is not a percentage above 0 and up to 100.
-func checkPercent(s string) error {
+// parsePercent refuses what is not a percentage above 0 and up to 100.
+func parsePercent(s string) (float64, error) {
 	p, err := strconv.ParseFloat(strings.TrimSuffix(s, "%"), 64)
 	if err != nil || math.IsNaN(p) || p <= 0 || p > 100 {
-		return fmt.Errorf("--read-data %q: it takes a percentage above 0 and up to 100", clip(s))
+		return 0, fmt.Errorf("--read-data %q: it takes a percentage above 0 and up to 100", clip(s))
 	}
-	return nil
+	return p, nil
 }
 
 type findingView struct {
@@ -81,9 +87,10 @@ type findingView struct {
 }
 
 type checkView struct {
-	Records    int64 `json:"records"`
-	Findings   int   `json:"findings"`
-	DurationMS int64 `json:"duration_ms"`
+	Records    int64     `json:"records"`
+	Findings   int       `json:"findings"`
+	DurationMS int64     `json:"duration_ms"`
+	Data       *dataView `json:"data,omitempty"`
 }
 
 func (a *app) check(cmd *cobra.Command, o checkOptions) error {
@@ -95,15 +102,26 @@ func (a *app) check(cmd *cobra.Command, o checkOptions) error {
 	if err != nil {
 		return err
 	}
+	var data *dataView
+	if o.percent > 0 {
+		var differ []finding
+		if differ, data, err = a.readData(ctx, o.percent); err != nil {
+			return err
+		}
+		findings = append(findings, differ...)
+	}
 	if err := a.printFindings(findings); err != nil {
 		return err
 	}
-	sum := checkView{Records: records, Findings: len(findings), DurationMS: time.Since(began).Milliseconds()}
+	sum := checkView{Records: records, Findings: len(findings), DurationMS: time.Since(began).Milliseconds(), Data: data}
 	if a.json {
 		if err := printJSON(a.out, sum); err != nil {
 			return err
 		}
 	} else {
+		if data != nil {
+			fmt.Fprintln(a.out, data)
+		}
 		fmt.Fprintf(a.out, "%s, %s, %d ms\n", plural(int(sum.Records), "record"), plural(sum.Findings, "finding"), sum.DurationMS)
 	}
 	if handled(findings) {
@@ -151,6 +169,9 @@ func (a *app) repair(ctx context.Context, before []finding) (findings []finding,
 		fmt.Fprintf(a.err, "lamina: --repair: %s kept, %d lost, %d set aside, %d without an ancestor; the former file is %s\n",
 			plural(report.Records, "record"), len(report.Lost), len(report.Quarantined), len(report.Descendants), safe(report.Kept))
 	}
+	if err := a.dropTrees(ctx, before); err != nil {
+		return nil, 0, err
+	}
 	after, records, err := a.examine(ctx)
 	if err != nil {
 		return nil, 0, err
@@ -196,6 +217,12 @@ func collect(ctx context.Context, m *cache.Manager) ([]finding, error) {
 			return nil, err
 		}
 		out = append(out, finding{Finding: f, repaired: f.Code == metadata.CodeRecordQuarantined})
+	}
+	for f, err := range checksum.Check(ctx, m) {
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, finding{Finding: f})
 	}
 	return out, nil
 }

@@ -37,7 +37,7 @@ func TestHelpTexts(t *testing.T) {
 			}
 		})
 	}
-	require.Equal(t, 18, verbs)
+	require.Equal(t, 20, verbs)
 }
 
 // TestVerbsSayWhatTheyNeed keeps the namespaces right: a verb that mounts
@@ -45,8 +45,9 @@ func TestHelpTexts(t *testing.T) {
 func TestVerbsSayWhatTheyNeed(t *testing.T) {
 	want := map[string]string{
 		"run": annotateMounts, "exec": annotateMounts, "export": annotateMounts,
+		"hash": annotateMounts, "compare": annotateMounts,
 		"new": annotateProbes, "commit": annotateProbes, "finalize": annotateProbes, "rm": annotateProbes, "prune": annotateProbes,
-		"check": annotateProbes, "sync": annotateProbes, "du": annotateProbes,
+		"check": annotateMounts, "sync": annotateProbes, "du": annotateProbes,
 		"ls": "", "show": "", "log": "", "info": "", "version": "", "completion": "", "help": "", "__commands": "",
 	}
 	for _, cmd := range newRoot(newApp()).Commands() {

@@ -42,9 +42,9 @@ func (a *app) run(ctx context.Context, cmd *cobra.Command, o runOptions) error {
 	}
 	progress := &syncProgress{a: a}
 	job.Progress = progress.update
-	job.OnStart = func(why []string) {
+	job.OnStart = func(res workspace.Result) {
 		progress.end()
-		a.say("running in workspace %q (%s)", o.key, strings.Join(why, ", "))
+		a.say("running in workspace %q (%s)", o.key, reasons(res))
 	}
 	job.OnCached = func() {
 		progress.end()
@@ -76,6 +76,25 @@ func (a *app) run(ctx context.Context, cmd *cobra.Command, o runOptions) error {
 		return statusError(res.ExitCode)
 	}
 	return nil
+}
+
+// reasons says in one line why a command runs.
+func reasons(res workspace.Result) string {
+	var out, paths []string
+	for _, why := range res.Why {
+		if path, ok := strings.CutPrefix(why, "source:"); ok {
+			paths = append(paths, path)
+		} else {
+			out = append(out, why)
+		}
+	}
+	if at := slices.Index(out, "source"); at >= 0 && len(paths) > 0 {
+		out[at] += ": " + strings.Join(paths, ", ")
+		if more := res.SourceChanges - len(paths); more > 0 {
+			out[at] += fmt.Sprintf(" and %d more", more)
+		}
+	}
+	return strings.Join(out, ", ")
 }
 
 // job turns flags into a job. Its errors are errors of usage.

@@ -13,6 +13,7 @@ import (
 	clog "github.com/containerd/log"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 )
@@ -95,6 +96,7 @@ func (a *app) options(root string) cache.Options {
 		// run syncs beside its command what earlier ones left, and
 		// "lamina sync" does it at once.
 		SyncInterval: -1,
+		Unconfirm:    contenthash.UnconfirmStored,
 		Logger:       a.logger(),
 	}
 	if o.LockTimeout == 0 {

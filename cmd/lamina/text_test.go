@@ -129,10 +129,13 @@ func TestCompression(t *testing.T) {
 
 func TestPercent(t *testing.T) {
 	for _, s := range []string{"5", "5%", "0.5%", "100"} {
-		require.NoError(t, checkPercent(s), s)
+		p, err := parsePercent(s)
+		require.NoError(t, err, s)
+		require.Positive(t, p, s)
 	}
 	for _, s := range []string{"", "%", "0", "-1", "101", "NaN", "Inf", "five", "5%%"} {
-		require.Error(t, checkPercent(s), s)
+		_, err := parsePercent(s)
+		require.Error(t, err, s)
 	}
 }
 
