@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -107,6 +108,10 @@ func (a *adapted) visible(ctx context.Context, key string) (snapshots.Info, erro
 // Info implements Driver.
 func (a *adapted) Info() Info { return a.info }
 
+// Stacker implements Driver: how a foreign snapshotter keeps its layers is
+// unknown.
+func (a *adapted) Stacker() (Stacker, bool) { return nil, false }
+
 // Stat implements snapshots.Snapshotter.
 func (a *adapted) Stat(ctx context.Context, key string) (snapshots.Info, error) {
 	return a.visible(ctx, key)
@@ -176,7 +181,10 @@ func (a *adapted) Commit(ctx context.Context, name, key string, opts ...snapshot
 			return fmt.Errorf("parent: %w", err)
 		}
 	}
-	return a.s.Commit(ctx, name, key, opts...)
+	return a.s.Commit(ctx, name, key, append(slices.Clip(opts), func(info *snapshots.Info) error {
+		takeExact(info)
+		return nil
+	})...)
 }
 
 // Walk implements snapshots.Snapshotter.

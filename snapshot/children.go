@@ -22,28 +22,38 @@ func idName(k int) string {
 	return "id." + strconv.Itoa(k)
 }
 
-// joinLocked is join under the parent's lock, so that a removal of the parent
-// which is about to be refused does not show it as missing.
-func (t *tree) joinLocked(parent, path string) error {
-	defer t.lock(parent)()
-	return t.join(parent, path)
+// linkName is the link to the k-th of the names that an entry needs: the
+// parent, or the layers of a stack. Without the first there are no others.
+func linkName(k int) string {
+	if k == 0 {
+		return "parent"
+	}
+	return "parent." + strconv.Itoa(k)
 }
 
-// join makes the entry at path a child of the committed name parent.
-func (t *tree) join(parent, path string) error {
+// joinLocked is join under the parent's lock, so that a removal of the parent
+// which is about to be refused does not show it as missing.
+func (t *tree) joinLocked(parent, path string, k int) error {
+	defer t.lock(parent)()
+	return t.join(parent, path, k)
+}
+
+// join makes the entry at path a child of the committed name parent, which is
+// the k-th that it needs.
+func (t *tree) join(parent, path string, k int) error {
 	if err := t.step("join.link"); err != nil {
 		return err
 	}
-	child := filepath.Join(path, "parent")
+	child := filepath.Join(path, linkName(k))
 	dir := t.path(dirCommitted, encodeKey(parent))
-	for k, made := 0, false; ; {
-		id := filepath.Join(dir, idName(k))
+	for n, made := 0, false; ; {
+		id := filepath.Join(dir, idName(n))
 		err := unix.Link(id, child)
 		switch {
 		case err == nil:
 			return t.joined(parent, id, child)
 		case errors.Is(err, unix.EMLINK):
-			k, made = k+1, false
+			n, made = n+1, false
 		case errors.Is(err, unix.ENOENT) && !made:
 			if err := t.makeID(id); errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("parent %q: %w: %w", parent, err, errdefs.ErrNotFound)
@@ -86,17 +96,25 @@ func (t *tree) joined(parent, id, child string) error {
 	return errors.Join(err, os.Remove(child))
 }
 
-// leave ends the entry at path being a child.
+// leave ends the entry at path being a child, of a stack's layers the last one
+// first, so that none is overlooked when it is cut.
 func (t *tree) leave(step, path string) error {
-	child := filepath.Join(path, "parent")
-	if ok, err := exists(child); err != nil || !ok {
-		return err
+	n := 0
+	for {
+		if ok, err := exists(filepath.Join(path, linkName(n))); err != nil {
+			return err
+		} else if !ok {
+			break
+		}
+		n++
 	}
-	if err := t.step(step); err != nil {
-		return err
-	}
-	if err := os.Remove(child); !errors.Is(err, fs.ErrNotExist) {
-		return err
+	for n--; n >= 0; n-- {
+		if err := t.step(step); err != nil {
+			return err
+		}
+		if err := os.Remove(filepath.Join(path, linkName(n))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	return nil
 }

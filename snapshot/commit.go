@@ -32,6 +32,7 @@ func (t *tree) commit(ctx context.Context, name, key string, opts []snapshots.Op
 	if err != nil {
 		return err
 	}
+	exact := takeExact(&base)
 	e, s, err := t.load(key)
 	if err != nil {
 		return err
@@ -51,10 +52,13 @@ func (t *tree) commit(ctx context.Context, name, key string, opts []snapshots.Op
 	if err != nil {
 		return asNotFound(err)
 	}
-	used, err := measure(ctx, filepath.Join(t.at(e), "fs"))
-	if err != nil {
-		return asNotFound(err)
+	used, cleaned := t.wasCleaned(e.name)
+	if !cleaned {
+		if used, err = measure(ctx, filepath.Join(t.at(e), "fs")); err != nil {
+			return asNotFound(err)
+		}
 	}
+	s.Clean = s.Bound == "" && (cleaned && rebase == "" || exact)
 
 	defer t.lock(name, key, rebase)()
 	if now, err := os.Lstat(t.at(e)); err != nil || !os.SameFile(before, now) {
@@ -87,7 +91,7 @@ func (t *tree) rebase(has, asked string) (string, error) {
 func (t *tree) seal(name string, e entry, s state, base snapshots.Info, rebase string, used snapshots.Usage) (err error) {
 	path := t.at(e)
 	if rebase != "" {
-		if err := t.join(rebase, path); err != nil {
+		if err := t.join(rebase, path, 0); err != nil {
 			return err
 		}
 		defer func() {
@@ -96,6 +100,9 @@ func (t *tree) seal(name string, e entry, s state, base snapshots.Info, rebase s
 			}
 		}()
 		s.Parent = text(rebase)
+	}
+	if err := t.backend.describe(path, &s); err != nil {
+		return asNotFound(err)
 	}
 	to := entry{dirCommitted, encodeKey(name)}
 	s.Sealed, s.Key = true, ""
@@ -115,7 +122,8 @@ func (t *tree) seal(name string, e entry, s state, base snapshots.Info, rebase s
 	if err := t.rename("commit.rename", e, to); err != nil {
 		return err
 	}
-	t.remember(name, string(s.Parent))
+	t.remember(name, s)
+	t.dirty(e.name)
 	// The commit is done; what is left over from being active is no reason
 	// to call it failed.
 	if again, err := t.backend.tidy(t.at(to), false); again || err != nil {

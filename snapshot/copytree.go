@@ -18,21 +18,15 @@ import (
 // owners, extended attributes and times. Symbolic links are copied, never
 // followed. What it made stays when it fails.
 func copyTree(ctx context.Context, to, from string) error {
-	src, err := openPlace(unix.AT_FDCWD, from, unix.O_DIRECTORY)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	if err := os.Mkdir(to, 0o700); err != nil {
-		return err
-	}
-	dst, err := openPlace(unix.AT_FDCWD, to, unix.O_DIRECTORY|unix.O_NOFOLLOW)
-	if err != nil {
-		return err
-	}
-	defer dst.Close()
-	c := &copier{ctx: ctx, root: dst, links: map[inodeID]string{}, clones: true}
-	return c.directory(src, dst, "")
+	c := &copier{ctx: ctx, links: map[inodeID]string{}, clones: true}
+	return c.tree(to, from)
+}
+
+// linkTree is copyTree with hard links in place of the files, wherever there
+// can be one more. It says how many names each of these files has in the tree.
+func linkTree(ctx context.Context, to, from string) (names map[inodeID]int, err error) {
+	c := &copier{ctx: ctx, links: map[inodeID]string{}, clones: true, names: map[inodeID]int{}}
+	return c.names, c.tree(to, from)
 }
 
 // copyRoot gives the empty directory to the mode, owner, times and extended
@@ -53,11 +47,11 @@ func copyRoot(to, from string) error {
 	if err != nil {
 		return err
 	}
-	return copyAttributes(src, dst, st, overlayMark)
+	return copyAttributes(src, dst, st, withoutMarks)
 }
 
-func overlayMark(name string) bool {
-	return strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.overlay.")
+func withoutMarks(name string) (string, bool) {
+	return name, !strings.HasPrefix(name, "trusted.overlay.") && !strings.HasPrefix(name, "user.overlay.")
 }
 
 type inodeID struct{ dev, ino uint64 }
@@ -69,6 +63,24 @@ type copier struct {
 	root   *os.File           // the top of the copy
 	links  map[inodeID]string // where the copy has files with several names
 	clones bool               // until the file system says that it cannot
+	// names makes hard links of files, and counts them by inode.
+	names map[inodeID]int
+}
+
+func (c *copier) tree(to, from string) error {
+	src, err := openPlace(unix.AT_FDCWD, from, unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	if err := os.Mkdir(to, 0o700); err != nil {
+		return err
+	}
+	if c.root, err = openPlace(unix.AT_FDCWD, to, unix.O_DIRECTORY|unix.O_NOFOLLOW); err != nil {
+		return err
+	}
+	defer c.root.Close()
+	return c.directory(src, c.root, "")
 }
 
 // openPlace opens a name as a mere place (O_PATH).
@@ -134,9 +146,15 @@ func (c *copier) entry(srcDir, dstDir *os.File, rel, name string) error {
 	id := inodeID{st.Dev, st.Ino}
 	if !isDir && st.Nlink > 1 {
 		if first, ok := c.links[id]; ok {
+			if c.names[id] > 0 {
+				c.names[id]++
+			}
 			return unix.Linkat(int(c.root.Fd()), first, int(dstDir.Fd()), name, 0)
 		}
 		c.links[id] = rel
+	}
+	if linked, err := c.link(srcDir, dstDir, name, &st); err != nil || linked {
+		return err
 	}
 	if err := c.create(src, int(dstDir.Fd()), name, st); err != nil {
 		return err
@@ -150,6 +168,22 @@ func (c *copier) entry(srcDir, dstDir *os.File, rel, name string) error {
 		return c.directory(src, dst, rel)
 	}
 	return copyAttributes(src, dst, st, nil)
+}
+
+// link makes a hard link in place of a copy, if it is to and can.
+func (c *copier) link(srcDir, dstDir *os.File, name string, st *unix.Stat_t) (bool, error) {
+	if c.names == nil || st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return false, nil
+	}
+	err := unix.Linkat(int(srcDir.Fd()), name, int(dstDir.Fd()), name, 0)
+	switch {
+	case err == nil:
+		c.names[inodeID{st.Dev, st.Ino}]++
+		return true, nil
+	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EMLINK), errors.Is(err, unix.EPERM):
+		return false, nil // another file system, a full inode, or not ours
+	}
+	return false, &os.LinkError{Op: "link", Old: name, New: name, Err: err}
 }
 
 // create makes the file with its content.
@@ -326,14 +360,15 @@ func readLink(place *os.File) (string, error) {
 }
 
 // copyAttributes copies owner, mode and times, as st has them, and extended
-// attributes but those to skip, in an order in which none undoes another:
+// attributes, under other names if rename is not nil and but for those for which
+// it says no, in an order in which none undoes another:
 // changing the owner takes set-id bits and capabilities away, a mode may keep
 // an ordinary user from setting attributes, and everything changes times.
-func copyAttributes(src, dst *os.File, st unix.Stat_t, skip func(string) bool) error {
+func copyAttributes(src, dst *os.File, st unix.Stat_t, rename func(string) (string, bool)) error {
 	if err := unix.Fchownat(int(dst.Fd()), "", int(st.Uid), int(st.Gid), unix.AT_EMPTY_PATH); err != nil {
 		return &os.PathError{Op: "chown", Path: dst.Name(), Err: err}
 	}
-	if err := copyXattrs(src, dst, skip); err != nil {
+	if err := copyXattrs(src, dst, rename); err != nil {
 		return err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFLNK {
@@ -360,7 +395,7 @@ func setTimes(f *os.File, st unix.Stat_t) error {
 
 // copyXattrs copies the extended attributes. A security attribute that only
 // the system may set is left to it.
-func copyXattrs(src, dst *os.File, skip func(string) bool) error {
+func copyXattrs(src, dst *os.File, rename func(string) (string, bool)) error {
 	from, to := procPath(src), procPath(dst)
 	names, err := sysx.Listxattr(from)
 	if errors.Is(err, unix.ENOTSUP) {
@@ -370,12 +405,16 @@ func copyXattrs(src, dst *os.File, skip func(string) bool) error {
 		return &os.PathError{Op: "listxattr", Path: src.Name(), Err: err}
 	}
 	for _, name := range names {
-		if skip != nil && skip(name) {
+		as, ok := name, true
+		if rename != nil {
+			as, ok = rename(name)
+		}
+		if !ok {
 			continue
 		}
 		value, err := sysx.Getxattr(from, name)
 		if err == nil {
-			err = unix.Setxattr(to, name, value, 0)
+			err = unix.Setxattr(to, as, value, 0)
 		}
 		if errors.Is(err, unix.EPERM) && strings.HasPrefix(name, "security.") {
 			continue

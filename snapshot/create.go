@@ -99,10 +99,14 @@ func (t *tree) make(ctx context.Context, making entry, s state) error {
 	from, parent := "", string(s.Parent)
 	if parent != "" {
 		// The link comes first: from then on nobody removes the parent.
-		if err := t.joinLocked(parent, path); err != nil {
+		if err := t.joinLocked(parent, path, 0); err != nil {
 			return err
 		}
-		from = t.path(dirCommitted, encodeKey(parent), "fs")
+		top, err := t.chain(parent, 1)
+		if err != nil {
+			return err
+		}
+		from = t.path(dirCommitted, encodeKey(top[0]), "fs")
 	}
 	if err := t.step("make.fill"); err != nil {
 		return err
@@ -119,7 +123,11 @@ func (t *tree) make(ctx context.Context, making entry, s state) error {
 // publish gives a made entry its name.
 func (t *tree) publish(key string, making, e entry) error {
 	defer t.lock(key)()
-	if ok, err := exists(t.path(dirCommitted, e.name)); err != nil {
+	other := dirCommitted
+	if e.dir == dirCommitted {
+		other = dirActive
+	}
+	if ok, err := exists(t.path(other, e.name)); err != nil {
 		return err
 	} else if ok {
 		return fmt.Errorf("snapshot %q: %w", key, errdefs.ErrAlreadyExists)
@@ -133,10 +141,7 @@ func (t *tree) unmake(making entry) error {
 	if err := t.step("make.undo"); err != nil {
 		return err
 	}
-	if err := os.Remove(filepath.Join(t.at(making), "parent")); err != nil && !os.IsNotExist(err) {
-		return err
-	}
-	return removeTree(t.at(making))
+	return removeTree(t.at(making)) // the links to parents are in it
 }
 
 // mark notes a name in one of the sets of names, or drops it.

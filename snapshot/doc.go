@@ -26,7 +26,8 @@
 //	info      log of what is known, see below
 //	id        empty file, made for the first child; id.1 and so on when the
 //	          file system takes no more links
-//	parent    hard link to the parent's id
+//	parent    hard link to the parent's id; a stack, which has no fs, has one
+//	          to the id of each of its layers: parent, parent.1 and so on
 //
 // so that the number of children is a matter of one stat: each has a link to
 // the parent's id. Every name appears by one rename of a complete entry, and
@@ -44,6 +45,47 @@
 // one is as if never written. Commit appends a line that is marked sealed and
 // then renames the entry. Sealed lines count in committed only, the others
 // elsewhere, which makes the rename the moment of the commit.
+//
+// # Layers
+//
+// With the overlay driver each committed snapshot is a layer: its upper
+// directory, which is the difference to its parent. A Driver that has a
+// [Stacker] offers what can be done with layers:
+//
+//   - Stack commits a list of layers as a snapshot: a merge.
+//   - Layers lists those of a snapshot, with their directories.
+//   - Clean, called before Commit, makes a layer the mere difference, which can
+//     be stacked; CleanCopy does so for one that was committed without.
+//   - Diff compares two trees and commits the difference as a layer.
+//
+// A merge of snapshots is therefore
+//
+//	list = Flatten(layers of all inputs, bottom first)
+//	for each raw layer in it: CleanCopy, and its name in the list
+//	Stack(name, list)
+//
+// a difference is Stack(name, rest) where [Remainder] finds that upper has rest
+// on top of lower, and else Diff. A layer that was written from a blob is
+// committed [WithExactLayer].
+//
+// Drivers without a Stacker keep whole trees. There, and where a merge cannot
+// be stacked because it is too deep ([DepthError]) or has a layer that makes
+// sense over its own parent only ([LayerError]), it is made file by file:
+//
+//	Prepare(key, "")
+//	Apply(key, {{Lower: parent of a layer, Upper: the layer}, ...})
+//	Commit(name, key, WithExactLayer)
+//
+// A difference has no layer there either. Its snapshot, made by Apply of
+// {{Lower: lower, Upper: upper}}, shows what the difference adds; what it
+// deletes can be told only from the two trees. So a merge applies the pair
+// (lower, upper) again instead of the snapshot of the difference, and the two
+// have to be kept for as long as there is the difference.
+//
+// Applying means what it means for the layers of OCI images: a whiteout
+// removes, an opaque directory hides all that it held, a directory over a
+// directory replaces its attributes and keeps what it holds, anything else
+// replaces what was there. Hard links are kept within a layer.
 //
 // # Crashes
 //

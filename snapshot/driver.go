@@ -70,6 +70,11 @@ type Driver interface {
 	// key as its writable layer. Drivers that cannot know say false.
 	InUse(ctx context.Context, key string) (bool, error)
 
+	// Stacker is what the driver can do with layers; ok is false for one
+	// that keeps whole trees, or whose layers nobody can reach. Merges and
+	// differences are applied file by file there, see Apply.
+	Stacker() (s Stacker, ok bool)
+
 	// Sync writes everything below the driver's root to the disk. After an
 	// error the data must be taken as lost, even if a later Sync succeeds.
 	Sync(ctx context.Context) error

@@ -33,6 +33,17 @@ type state struct {
 	View bool `json:"view,omitempty"`
 	// Parent is the name of the parent, empty for none.
 	Parent text `json:"parent,omitempty"`
+	// Layers are set for a stack: the names of its layers, bottom first.
+	Layers []text `json:"layers,omitempty"`
+	// Hidden is how many of the layers, from the bottom, an opaque root hides.
+	Hidden int `json:"hidden,omitempty"`
+	// Clean says that the layer may lie over any other, see Stacker.
+	Clean bool `json:"clean,omitempty"`
+	// Opaque says that the layer's root hides all that is below it. The
+	// kernel knows no such root, so the layers below are left out.
+	Opaque bool `json:"opaque,omitempty"`
+	// Bound says why the layer makes sense over its own parent only.
+	Bound text `json:"bound,omitempty"`
 	// Labels are sorted by name.
 	Labels []label `json:"labels,omitempty"`
 	// Created and Updated are nanoseconds since 1970.
@@ -43,6 +54,21 @@ type state struct {
 	// Sealed lines count for committed entries, the others for active ones.
 	Sealed bool `json:"sealed,omitempty"`
 }
+
+// needs are the names that the entry has links to.
+func (s state) needs() []string {
+	if s.Parent != "" {
+		return []string{string(s.Parent)}
+	}
+	names := make([]string, len(s.Layers))
+	for i, name := range s.Layers {
+		names[i] = string(name)
+	}
+	return names
+}
+
+// stack says whether the entry is a list of layers rather than one.
+func (s state) stack() bool { return len(s.Layers) > 0 }
 
 type label [2]text
 

@@ -21,7 +21,7 @@ func (t *tree) shortLink(at string, place entry, elem string) (string, error) {
 	if err := unix.Stat(at, &st); err != nil {
 		return "", asNotFound(&os.PathError{Op: "stat", Path: at, Err: err})
 	}
-	link := t.path(dirLinks, linkName(&st, t.dev))
+	link := t.path(dirLinks, shortName(&st, t.dev))
 	target := filepath.Join("..", place.dir, place.name, elem)
 	switch got, err := os.Readlink(link); {
 	case err == nil && got == target:
@@ -42,9 +42,9 @@ func (t *tree) shortLink(at string, place entry, elem string) (string, error) {
 	return link, nil
 }
 
-// linkName is unique among the directories of the tree. Adopted ones may lie
+// shortName is unique among the directories of the tree. Adopted ones may lie
 // on another device, where numbers are given anew.
-func linkName(st *unix.Stat_t, dev uint64) string {
+func shortName(st *unix.Stat_t, dev uint64) string {
 	name := strconv.FormatUint(st.Ino, 36)
 	if st.Dev != dev {
 		name += "-" + strconv.FormatUint(st.Dev, 36)
@@ -96,7 +96,7 @@ func (t *tree) dropLinks(at string) error {
 
 // dropLink removes the short link of a directory, if it has one.
 func (t *tree) dropLink(st *unix.Stat_t) error {
-	err := os.Remove(t.path(dirLinks, linkName(st, t.dev)))
+	err := os.Remove(t.path(dirLinks, shortName(st, t.dev)))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

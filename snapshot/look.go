@@ -104,6 +104,7 @@ func (t *tree) Mounts(_ context.Context, key string) ([]mount.Mount, error) {
 	}
 	var m []mount.Mount
 	if err == nil {
+		t.dirty(e.name)
 		m, err = t.backend.mounts(e, s, t.at(e))
 	}
 	if err != nil {
@@ -209,6 +210,9 @@ func (t *tree) Mount(ctx context.Context, key, target string, readOnly bool) err
 		var s state
 		if e, s, err = t.load(key); err == nil {
 			readOnly = readOnly || e.kind(s) != snapshots.KindActive
+			if !readOnly {
+				t.dirty(e.name)
+			}
 			err = t.backend.mount(e, s, target, readOnly)
 		}
 	}

@@ -19,6 +19,11 @@ var _ backend = (*native)(nil)
 
 func (n *native) check(string) error { return nil }
 
+func (n *native) describe(_ string, s *state) error {
+	s.Clean = false // a tree, and no layer
+	return nil
+}
+
 func (n *native) rebase() error {
 	return fmt.Errorf("a copying driver cannot put a parent below a snapshot: %w", errdefs.ErrNotImplemented)
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/moby/locker"
 	"golang.org/x/sys/unix"
@@ -96,6 +97,7 @@ func open(ctx context.Context, root string, o Options) (_ Driver, err error) {
 	t := &tree{
 		dir: filepath.Join(root, "snapshots"), steps: o.Step, clock: o.Now, locks: locker.New(),
 		held: map[string]bool{}, making: map[string]bool{}, layers: map[string]layer{},
+		cleaned: map[string]snapshots.Usage{},
 	}
 	if t.clock == nil {
 		t.clock = time.Now

@@ -37,13 +37,25 @@ func (o *overlay) check(parent string) error {
 		return err
 	}
 	if len(chain) > o.maxDepth {
-		return fmt.Errorf("parent %q has more than %d layers, which no mount can stack: %w",
-			parent, o.maxDepth, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("parent %q: %w", parent, &DepthError{Layers: len(chain), Max: o.maxDepth})
 	}
 	return nil
 }
 
 func (o *overlay) rebase() error { return nil }
+
+// describe looks for an opaque root, which an applied layer may have. The
+// kernel does not know such a thing.
+func (o *overlay) describe(path string, s *state) error {
+	root, err := openPlace(unix.AT_FDCWD, filepath.Join(path, "fs"), unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	opaque, _, err := marksOf(o.info.Attributes).get(root, "opaque")
+	s.Opaque = opaque == "y"
+	return err
+}
 
 func (o *overlay) fill(_ context.Context, path, from string, view bool) error {
 	if view && from != "" {
@@ -86,6 +98,19 @@ func (o *overlay) layers(chain []string) []string {
 	return paths
 }
 
+// shown are the names of the layers that show below an entry's own one, if it
+// has one: a stack and a view of a parent have none.
+func (o *overlay) shown(s state) (chain []string, own bool, err error) {
+	own = !s.stack() && (!s.View || s.Parent == "")
+	switch {
+	case s.stack():
+		chain = s.layer().stack
+	case !s.Opaque:
+		chain, err = o.chain(string(s.Parent), o.maxDepth+1)
+	}
+	return chain, own, err
+}
+
 // onEmpty puts the empty layer below the others. It lets a single layer be
 // mounted as an overlay, so that whiteouts in it never show. Where the stack
 // is as high as it can be it is not needed.
@@ -97,18 +122,17 @@ func (o *overlay) onEmpty(lower []string, empty string) []string {
 }
 
 func (o *overlay) mount(e entry, s state, target string, readOnly bool) error {
-	chain, err := o.chain(string(s.Parent), o.maxDepth+1)
+	chain, hasOwn, err := o.shown(s)
 	if err != nil {
 		return err
 	}
 	own := filepath.Join(o.at(e), "fs")
 	lower := o.layers(chain)
-	if readOnly && (!s.View || s.Parent == "") {
+	if readOnly && hasOwn {
 		lower = append([]string{own}, lower...)
 	}
 	if len(lower) > o.maxDepth {
-		return fmt.Errorf("%d layers and more, and one mount stacks %d: %w",
-			len(lower), o.maxDepth, errdefs.ErrFailedPrecondition)
+		return &DepthError{Layers: len(lower), Max: o.maxDepth}
 	}
 	m := overlayfs.Mount{
 		Lower:     o.onEmpty(lower, o.path(dirEmpty)),
@@ -240,7 +264,7 @@ func bindMount(source string, readOnly bool) []mount.Mount {
 func (o *overlay) whole(entry, state) (string, bool) { return "", false }
 
 func (o *overlay) inUse(e entry, s state) (bool, error) {
-	if s.View {
+	if s.View || s.stack() {
 		return false, nil
 	}
 	return overlayfs.InUse(filepath.Join(o.at(e), "fs"))

@@ -64,6 +64,7 @@ func (t *tree) detach(key string) (trash entry, err error) {
 		return entry{}, err
 	}
 	t.forget(key)
+	t.dirty(e.name)
 	err = requireChildless(key, t.at(trash))
 	if err == nil {
 		err = t.leave("remove.leave", t.at(trash))
@@ -179,22 +180,25 @@ func (t *tree) restore(e, from entry) error {
 	}
 	if there, err := exists(filepath.Join(at, "fs")); err != nil {
 		return err
-	} else if !there && (!s.View || s.Parent == "") {
+	} else if !there && !s.stack() && (!s.View || s.Parent == "") {
 		return fmt.Errorf("its bytes are being deleted: %w", errdefs.ErrNotFound)
 	}
 	key, ok := decodeKey(from.name)
 	if !ok {
 		key = string(s.Key)
 	}
-	parent := string(s.Parent)
-	defer t.lock(key, parent)()
+	parents := s.needs()
+	defer t.lock(append([]string{key}, parents...)...)()
 	if err := t.free(key); err != nil {
 		return err
 	}
-	if has, err := exists(filepath.Join(at, "parent")); err != nil {
-		return err
-	} else if parent != "" && !has {
-		if err := t.join(parent, at); errdefs.IsNotFound(err) {
+	for k, parent := range parents {
+		if has, err := exists(filepath.Join(at, linkName(k))); err != nil {
+			return err
+		} else if has {
+			continue
+		}
+		if err := t.join(parent, at, k); errdefs.IsNotFound(err) {
 			// Its class is about the parent and would mislead here.
 			return fmt.Errorf("its parent is gone: %w: %s", errdefs.ErrFailedPrecondition, err.Error())
 		} else if err != nil {

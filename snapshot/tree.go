@@ -48,14 +48,29 @@ type tree struct {
 	held    map[string]bool // trash names that Cleanup leaves alone
 	making  map[string]bool // names in new that a call is working on
 	layers  map[string]layer
-	gen     uint64   // counts names that ceased to be, see forget
-	sealing []string // committed names whose work may still be there
+	cleaned map[string]snapshots.Usage // by entry name, what Clean found
+	gen     uint64                     // counts names that ceased to be, see forget
+	sealing []string                   // committed names whose work may still be there
 }
 
 // layer is what is remembered of a committed name.
 type layer struct {
-	parent string
-	link   string // the short link to its fs, once there is one
+	parent  string
+	stack   []string // the layers of a stack that show, topmost first
+	opaque  bool     // nothing below it shows
+	clean   bool
+	bound   string
+	link    string // the short link to its fs, once there is one
+	isStack bool
+}
+
+// layer is what is remembered of an entry with this state.
+func (s state) layer() layer {
+	l := layer{parent: string(s.Parent), opaque: s.Opaque, clean: s.Clean, bound: string(s.Bound), isStack: s.stack()}
+	for _, name := range slices.Backward(s.Layers[s.Hidden:]) {
+		l.stack = append(l.stack, string(name))
+	}
+	return l
 }
 
 // A backend is how one of the drivers keeps the trees of entries.
@@ -73,6 +88,9 @@ type backend interface {
 	// whole is the directory with the whole tree of an entry.
 	whole(e entry, s state) (dir string, ok bool)
 	inUse(e entry, s state) (bool, error)
+	// describe notes what the layer at path is, which is about to be
+	// committed.
+	describe(path string, s *state) error
 	// rebase says whether a snapshot can get its parent when it is committed.
 	rebase() error
 	// tidy removes what the sealed entry at path no longer needs; again
@@ -230,49 +248,57 @@ func (e entry) kind(s state) snapshots.Kind {
 	return snapshots.KindActive
 }
 
-// parentOf is the parent's name of a committed name.
-func (t *tree) parentOf(name string) (string, error) {
+// layerOf is what is known of a committed name.
+func (t *tree) layerOf(name string) (layer, error) {
 	t.mu.Lock()
 	l, ok := t.layers[name]
 	gen := t.gen
 	t.mu.Unlock()
 	if ok {
-		return l.parent, nil
+		return l, nil
 	}
 	s, err := t.stateOf(entry{dirCommitted, encodeKey(name)})
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("layer %q: %w: %w", name, err, errdefs.ErrNotFound)
+		return layer{}, fmt.Errorf("layer %q: %w: %w", name, err, errdefs.ErrNotFound)
 	}
 	if err != nil {
-		return "", err
+		return layer{}, err
 	}
+	l = s.layer()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.gen == gen {
-		t.layers[name] = layer{parent: string(s.Parent)}
+		t.layers[name] = l
 	}
-	return string(s.Parent), nil
+	return l, nil
 }
 
-// chain is name and its ancestors, topmost first, but no more than limit.
+// chain is what shows of name and its ancestors, topmost first, but no more
+// than limit: the layers of a stack stand in its place.
 func (t *tree) chain(name string, limit int) ([]string, error) {
 	var names []string
 	for name != "" && len(names) < limit {
-		parent, err := t.parentOf(name)
+		l, err := t.layerOf(name)
 		if err != nil {
 			return nil, err
 		}
+		if l.isStack {
+			return append(names, l.stack[:min(len(l.stack), limit-len(names))]...), nil
+		}
 		names = append(names, name)
-		name = parent
+		if l.opaque {
+			break
+		}
+		name = l.parent
 	}
 	return names, nil
 }
 
 // remember notes a committed name that has just come to be.
-func (t *tree) remember(name, parent string) {
+func (t *tree) remember(name string, s state) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.layers[name] = layer{parent: parent}
+	t.layers[name] = s.layer()
 }
 
 // forget drops what is remembered of a name that ceases to be. Who read its
@@ -286,6 +312,9 @@ func (t *tree) forget(name string) {
 
 // Info implements Driver.
 func (t *tree) Info() Info { return t.info }
+
+// Stacker implements Driver.
+func (t *tree) Stacker() (Stacker, bool) { return nil, false }
 
 // Sync implements Driver.
 func (t *tree) Sync(ctx context.Context) error {

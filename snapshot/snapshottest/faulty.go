@@ -19,12 +19,15 @@ type Call struct {
 	// Op is the method's name: "Stat", "Update", "Usage", "Mounts",
 	// "Prepare", "View", "Commit", "Remove", "Walk", "Close", "Cleanup",
 	// "Settle", "Pending", "Committed", "Detach", "Discard", "Restore", "Mount", "Dir",
-	// "InUse" or "Sync".
+	// "InUse" or "Sync"; of a Stacker "Stack", "Layers", "Clean",
+	// "CleanCopy" or "Diff".
 	Op string
 	// Key is the key that the call is about; empty for calls about the
-	// whole driver. Commit's is the active key.
+	// whole driver. Commit's is the active key, CleanCopy's the layer, and
+	// Diff's the upper snapshot.
 	Key string
-	// Name is the name that Commit gives; empty for other calls.
+	// Name is the name that Commit, CleanCopy or Diff gives; empty for other
+	// calls.
 	Name string
 	// Done says whether the driver below was asked.
 	Done bool
