@@ -92,7 +92,9 @@ func TestCleanKeepsWhatDiffers(t *testing.T) {
 		},
 		"owner":   func(dir string) { require.NoError(t, os.Chown(filepath.Join(dir, "d", "e"), 1, 1)) },
 		"deleted": func(dir string) { require.NoError(t, os.Remove(filepath.Join(dir, "d", "e"))) },
-		"link":    func(dir string) { require.NoError(t, os.Link(filepath.Join(dir, "d", "e"), filepath.Join(dir, "d", "f"))) },
+		"link": func(dir string) {
+			require.NoError(t, os.Link(filepath.Join(dir, "d", "e"), filepath.Join(dir, "d", "f")))
+		},
 		"directory's mode": func(dir string) {
 			require.NoError(t, os.Chmod(filepath.Join(dir, "d"), 0o700))
 		},
