@@ -69,6 +69,21 @@ func Xattrs(fd int, path, root bool) ([]Xattr, error) {
 	return out, nil
 }
 
+// XattrNames lists the extended attributes of an open file, or with path set of
+// one opened with O_PATH; none where the file system has none.
+func XattrNames(fd int, path bool) ([]string, error) {
+	names, err := listXattrs(fd, path)
+	if err != nil || len(names) == 0 {
+		return nil, err
+	}
+	return strings.Split(strings.TrimSuffix(string(names), "\x00"), "\x00"), nil
+}
+
+// GetXattr reads one extended attribute; ENODATA if there is none of that name.
+func GetXattr(fd int, path bool, name string) ([]byte, error) {
+	return getXattr(fd, path, name)
+}
+
 func listXattrs(fd int, path bool) ([]byte, error) {
 	return grow(func(buf []byte) (int, error) {
 		if path {
