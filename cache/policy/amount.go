@@ -2,8 +2,10 @@ package policy
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -26,27 +28,57 @@ func Bytes(n int64) *Amount { return &Amount{bytes: n} }
 // Percent is an amount of p percent of the disk.
 func Percent(p float64) *Amount { return &Amount{percent: p, ofDisk: true} }
 
+// amountExamples is what a message about a bad amount shows.
+const amountExamples = `10GB, 512MiB or 20%`
+
 // ParseAmount reads a number of bytes, with a unit of powers of 1000 (MB) or
-// 1024 (MiB) if there is one, or a percentage of the disk ("20%").
+// 1024 (MiB) if there is one, or a percentage of the disk ("20%"). Errors are
+// *SyntaxError.
 func ParseAmount(text string) (*Amount, error) {
-	const examples = `for example "10GB", "512MiB" or "20%"`
-	t := strings.TrimSpace(text)
-	if p, ok := strings.CutSuffix(t, "%"); ok {
-		n, err := strconv.ParseFloat(strings.TrimSpace(p), 64)
-		a := Percent(n)
-		if err == nil {
-			err = a.validate()
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%q is no part of a disk, %s: %w", text, examples, errdefs.ErrInvalidArgument)
-		}
-		return a, nil
+	bad := func(at int, format string, args ...any) (*Amount, error) {
+		return nil, &SyntaxError{What: "amount", Text: text, At: at, Reason: fmt.Sprintf(format, args...), Example: amountExamples}
 	}
-	n, err := humanize.ParseBytes(t)
-	if err != nil || n > math.MaxInt64 || strings.ContainsAny(t, ",") {
-		return nil, fmt.Errorf("%q is no amount of space, %s: %w", text, examples, errdefs.ErrInvalidArgument)
+	at := blanks(text, 0)
+	end := digits(text, at)
+	number, unitAt := text[at:end], blanks(text, end)
+	unit := strings.TrimSpace(text[unitAt:])
+	n, err := strconv.ParseFloat(number, 64)
+	switch {
+	case number == "":
+		return bad(at, "a number is missing")
+	case err != nil:
+		return bad(at, "%q is no number", number)
+	case unit == "%":
+		if n > 100 {
+			return bad(at, "there are 100%% at most")
+		}
+		return Percent(n), nil
 	}
-	return Bytes(int64(n)), nil
+	// The library would take a comma for a part of the number.
+	if _, err := humanize.ParseBytes("1" + unit); err != nil || strings.Contains(unit, ",") {
+		return bad(unitAt, "there is no unit %q", clip(unit))
+	}
+	bytes, err := humanize.ParseBytes(number + unit)
+	if err != nil || bytes > math.MaxInt64 {
+		return bad(at, "it is too large")
+	}
+	return Bytes(int64(bytes)), nil
+}
+
+// blanks is the place behind the blanks at a place of text, digits that behind
+// the number there.
+func blanks(text string, at int) int {
+	for at < len(text) && (text[at] == ' ' || text[at] == '\t') {
+		at++
+	}
+	return at
+}
+
+func digits(text string, at int) int {
+	for at < len(text) && (text[at] == '.' || text[at] >= '0' && text[at] <= '9') {
+		at++
+	}
+	return at
 }
 
 // Of is the amount in bytes on a disk.
@@ -89,7 +121,7 @@ func (a *Amount) UnmarshalJSON(data []byte) error {
 	if json.Unmarshal(data, &text) != nil {
 		text = string(data)
 		if _, err := strconv.ParseInt(text, 10, 64); err != nil {
-			return fmt.Errorf("%s is no amount of space, for example 1000000, \"10GB\" or \"20%%\": %w", text, errdefs.ErrInvalidArgument)
+			return &SyntaxError{What: "amount", Text: text, Reason: "it is neither a string nor a number of bytes", Example: `"10GB", "20%" or 1000000`}
 		}
 	}
 	got, err := ParseAmount(text)
@@ -102,39 +134,87 @@ func (a *Amount) UnmarshalJSON(data []byte) error {
 // Duration is a time span that is written with units up to weeks.
 type Duration time.Duration
 
+// durationExamples is what a message about a bad duration shows.
+const durationExamples = `48h, 7d or 2d12h`
+
+// durationUnit is a unit of a duration, with its value.
+type durationUnit struct {
+	name string
+	is   time.Duration
+}
+
+// durationUnits are all, from large to small.
+func durationUnits() []durationUnit {
+	return []durationUnit{
+		{"w", 7 * 24 * time.Hour}, {"d", 24 * time.Hour}, {"h", time.Hour}, {"m", time.Minute}, {"s", time.Second},
+		{"ms", time.Millisecond}, {"us", time.Microsecond}, {"µs", time.Microsecond}, {"μs", time.Microsecond}, {"ns", time.Nanosecond},
+	}
+}
+
 // ParseDuration reads Go's durations, with days ("d", of 24 hours) and weeks
-// ("w") beside: "90m", "2d12h", "1w".
+// ("w") beside, units from large to small: "90m", "2d12h", "1w". Errors are
+// *SyntaxError.
 func ParseDuration(text string) (Duration, error) {
-	bad := fmt.Errorf(`%q is no duration, for example "48h", "7d" or "2d12h": %w`, text, errdefs.ErrInvalidArgument)
-	rest, sum := strings.TrimSpace(text), 0.0
-	if rest == "" {
-		return 0, bad
+	bad := func(at int, format string, args ...any) (Duration, error) {
+		return 0, &SyntaxError{What: "duration", Text: text, At: at, Reason: fmt.Sprintf(format, args...), Example: durationExamples}
 	}
-	for _, unit := range []struct {
-		name  string
-		hours float64
-	}{{"w", 7 * 24}, {"d", 24}} {
-		number, after, ok := strings.Cut(rest, unit.name)
-		if !ok {
-			continue
-		}
-		n, err := strconv.ParseFloat(number, 64)
-		if err != nil || !(n >= 0) {
-			return 0, bad
-		}
-		rest, sum = after, sum+n*unit.hours*float64(time.Hour)
+	at := blanks(text, 0)
+	end := max(at, len(strings.TrimRight(text, " \t")))
+	if text[at:end] == "0" {
+		return 0, nil
 	}
-	if rest != "" {
-		d, err := time.ParseDuration(rest)
-		if err != nil || d < 0 {
-			return 0, bad
+	sum, last := time.Duration(0), time.Duration(math.MaxInt64)
+	for first := true; first || at < end; first = false {
+		unitAt := digits(text[:end], at)
+		number, next := text[at:unitAt], unitAt
+		for next < end && !strings.ContainsRune(".0123456789 \t", rune(text[next])) {
+			next++
 		}
-		sum += float64(d)
-	}
-	if sum > math.MaxInt64/2 {
-		return 0, bad
+		unit := text[unitAt:next]
+		units := durationUnits()
+		k := slices.IndexFunc(units, func(u durationUnit) bool { return u.name == unit })
+		switch {
+		case number == "":
+			return bad(at, "a number is missing")
+		case unit == "":
+			return bad(unitAt, "a unit is missing")
+		case k < 0:
+			return bad(unitAt, "there is no unit %q, but w, d, h, m, s, ms, us and ns", clip(unit))
+		case units[k].is >= last:
+			return bad(at, "units go from large to small")
+		}
+		last = units[k].is
+		part, err := multiply(number, last)
+		if err != nil {
+			return bad(at, "%q is no number", number)
+		}
+		if part > math.MaxInt64/2-sum {
+			return bad(at, "it is too long")
+		}
+		sum += part
+		at = next
 	}
 	return Duration(sum), nil
+}
+
+// multiply is a decimal number of units. Too large is the largest there is.
+func multiply(number string, unit time.Duration) (time.Duration, error) {
+	whole, fraction, _ := strings.Cut(number, ".")
+	n, f := int64(0), 0.0
+	var err error
+	if whole != "" {
+		n, err = strconv.ParseInt(whole, 10, 64)
+	}
+	if errors.Is(err, strconv.ErrRange) || err == nil && n > math.MaxInt64/int64(unit)-1 {
+		return math.MaxInt64, nil
+	}
+	if err == nil && (fraction != "" || whole == "") {
+		f, err = strconv.ParseFloat("0."+fraction, 64)
+		if fraction == "" {
+			err = strconv.ErrSyntax
+		}
+	}
+	return time.Duration(n)*unit + time.Duration(math.Round(f*float64(unit))), err
 }
 
 // String is the duration as ParseDuration reads it.
@@ -154,7 +234,7 @@ func (d Duration) MarshalJSON() ([]byte, error) { return json.Marshal(d.String()
 func (d *Duration) UnmarshalJSON(data []byte) error {
 	var text string
 	if json.Unmarshal(data, &text) != nil {
-		return fmt.Errorf(`%s has no unit, for example "48h": %w`, data, errdefs.ErrInvalidArgument)
+		return &SyntaxError{What: "duration", Text: string(data), Reason: "it is no string with a unit", Example: `"48h" or "7d"`}
 	}
 	got, err := ParseDuration(text)
 	if err == nil {

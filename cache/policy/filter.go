@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/filters"
-	"github.com/containerd/errdefs"
 )
 
 // Filter selects records. The zero value selects all.
@@ -45,26 +44,8 @@ func (f Filter) Match(r *Record, now time.Time) bool {
 // that sizes have to be measured first.
 func (f Filter) LooksAtSize() bool { return f.sized }
 
-// FilterError says what is wrong with a filter, and where. It is
-// InvalidArgument.
-type FilterError struct {
-	// Text is the filter, and At the byte in it where the trouble begins.
-	Text string
-	At   int
-	// Reason says what is wrong, Example what would be right.
-	Reason, Example string
-}
-
-// Error shows the place.
-func (e *FilterError) Error() string {
-	return fmt.Sprintf("filter %q, at %d (%q): %s; for example %s", e.Text, e.At+1, e.Text[e.At:], e.Reason, e.Example)
-}
-
-// Unwrap gives the class of the error.
-func (e *FilterError) Unwrap() error { return errdefs.ErrInvalidArgument }
-
 // Fields are the fields of a filter, for help texts.
-const Fields = "id, state, op, type, key, description, retained, labels.NAME, size, age, idle, uses and cost"
+const Fields = "id, state, op, type, key, cache, description, retained, labels.NAME, size, age, idle, uses and cost"
 
 // ParseFilters reads filters, one of which has to match; none match everything.
 //
@@ -76,7 +57,7 @@ const Fields = "id, state, op, type, key, description, retained, labels.NAME, si
 // are compared with <, <=, > and >= where both sides are numbers, amounts or
 // durations of one kind.
 //
-// Errors are *FilterError.
+// Errors are *SyntaxError.
 func ParseFilters(texts ...string) (Filter, error) {
 	var f Filter
 	for _, text := range texts {
@@ -85,7 +66,7 @@ func ParseFilters(texts ...string) (Filter, error) {
 			end := at + termLen(text[at:])
 			t, sized, err := parseTerm(text[at:end])
 			if err != nil {
-				var fe *FilterError
+				var fe *SyntaxError
 				if errors.As(err, &fe) {
 					fe.Text, fe.At = text, min(at+fe.At, len(text))
 				}
@@ -129,7 +110,7 @@ var comparison = regexp.MustCompile(`^\s*(size|age|idle|uses|cost|labels\.(?:"(?
 
 func parseTerm(text string) (t term, sized bool, err error) {
 	if strings.TrimSpace(text) == "" {
-		return nil, false, &FilterError{Reason: "a condition is missing", Example: "type==regular,size>100MB"}
+		return nil, false, &SyntaxError{What: "filter", Reason: "a condition is missing", Example: "type==regular,size>100MB"}
 	}
 	if m := comparison.FindStringSubmatchIndex(text); m != nil {
 		field, op := text[m[2]:m[3]], text[m[4]:m[5]]
@@ -144,14 +125,30 @@ func parseTerm(text string) (t term, sized bool, err error) {
 
 // parseRange makes a typed condition; at is where the value begins.
 func parseRange(field, label, op, value string, at int) (term, error) {
-	value = strings.Trim(strings.TrimSpace(value), `"`)
+	at = blanks(strings.Repeat(" ", at)+value, at)
+	value = strings.TrimSpace(value)
+	if unquoted, ok := strings.CutPrefix(value, `"`); ok {
+		at, value = at+1, strings.TrimSuffix(unquoted, `"`)
+	}
 	bad := func(example string) error {
-		return &FilterError{At: at, Reason: fmt.Sprintf("%q cannot be compared with %s", value, field), Example: example}
+		return &SyntaxError{What: "filter", At: at, Reason: fmt.Sprintf("%q cannot be compared with %s", clip(value), clip(field)), Example: example}
+	}
+	// within is an error in the value itself, which says the place.
+	within := func(err error, example string) error {
+		e := &SyntaxError{What: "filter", At: at, Example: example}
+		var in *SyntaxError
+		if errors.As(err, &in) {
+			e.At, e.Reason = at+in.At, in.Reason
+		}
+		return e
 	}
 	switch field {
 	case "size":
 		a, err := ParseAmount(value)
-		if err != nil || a.ofDisk {
+		if err != nil {
+			return nil, within(err, "size>100MB")
+		}
+		if a.ofDisk {
 			return nil, bad("size>100MB")
 		}
 		return func(r *Record, _ time.Time) bool { return r.Size >= 0 && holds(r.Size, op, a.bytes) }, nil
@@ -164,7 +161,7 @@ func parseRange(field, label, op, value string, at int) (term, error) {
 	case "age", "idle", "cost":
 		d, err := ParseDuration(value)
 		if err != nil {
-			return nil, bad(field + map[string]string{"age": ">30d", "idle": ">=48h", "cost": "<10s"}[field])
+			return nil, within(err, field+map[string]string{"age": ">30d", "idle": ">=48h", "cost": "<10s"}[field])
 		}
 		return func(r *Record, now time.Time) bool {
 			is := r.Cost
@@ -231,10 +228,10 @@ func parseText(text string) (term, error) {
 	const example = `type==regular or labels.team~=^a`
 	f, err := filters.Parse(text)
 	if err != nil {
-		return nil, &FilterError{At: placeOf(err, text), Reason: reasonOf(err), Example: example}
+		return nil, &SyntaxError{What: "filter", At: placeOf(err, text), Reason: reasonOf(err), Example: example}
 	}
 	if at, err := checkRegexp(text); err != nil {
-		return nil, &FilterError{At: at, Reason: err.Error(), Example: `description~="^make .*"`}
+		return nil, &SyntaxError{What: "filter", At: at, Reason: err.Error(), Example: `description~="^make .*"`}
 	}
 	var unknown string
 	f.Match(filters.AdapterFunc(func(path []string) (string, bool) {
@@ -244,7 +241,7 @@ func parseText(text string) (term, error) {
 		return "", false
 	}))
 	if unknown != "" {
-		return nil, &FilterError{At: strings.Index(text, unknown[:1]), Reason: fmt.Sprintf("there is no field %q, but %s", unknown, Fields), Example: example}
+		return nil, &SyntaxError{What: "filter", At: strings.Index(text, unknown[:1]), Reason: fmt.Sprintf("there is no field %q, but %s", unknown, Fields), Example: example}
 	}
 	return func(r *Record, _ time.Time) bool {
 		return f.Match(filters.AdapterFunc(func(path []string) (string, bool) {
@@ -331,6 +328,8 @@ func field(r *Record, path []string) (value string, set, known bool) {
 		value = r.Type
 	case "key":
 		value = r.Key
+	case "cache":
+		value = r.Cache
 	case "description":
 		value = r.Description
 	case "retained":

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/stretchr/testify/require"
 
 	"github.com/lamina-build/lamina/cache/policy"
@@ -51,12 +53,12 @@ func TestFilters(t *testing.T) {
 func TestBadFiltersPointAtThePlace(t *testing.T) {
 	for text, at := range map[string]int{
 		"": 0, "type==": 6, "type=regular": 4, "type==regular,": 14, ",type==a": 0, "colour==red": 0, "labels.a.b==x": 0, "labels.a.b>1": 10,
-		"id==x,colour==red": 6, "size>big": 5, "type==a,size>10%": 13, "uses<-1": 5, "idle>3": 5, "age>": 4,
+		"id==x,colour==red": 6, "size>big": 5, "type==a,size>10%": 13, "uses<-1": 5, "idle>3": 6, "age>": 4,
 		"type~=[": 6, `type~="["`: 6, "labels.prio>high": 12, "type>5": 4, "size": 0, "size~=5": 0, `type=="a`: 6,
 	} {
 		_, err := policy.ParseFilters(text)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, text)
-		var fe *policy.FilterError
+		var fe *policy.SyntaxError
 		require.ErrorAs(t, err, &fe, text)
 		require.Equal(t, at, fe.At, "%s: %v", text, err)
 		require.NotEmpty(t, fe.Reason, text)
@@ -98,22 +100,143 @@ func TestFiles(t *testing.T) {
 		Reserved: policy.Bytes(0), MaxUsed: policy.Bytes(1 << 30), MinFree: policy.Percent(20), Target: policy.Bytes(12),
 	}}, got)
 
+	got, err = policy.Read(strings.NewReader(`{"version":1,"policies":[{"by_label":"team","label_values":["a"],"unlabelled":true,"max_used_space":1}]}`))
+	require.NoError(t, err)
+	require.Equal(t, []policy.Policy{{ByLabel: "team", LabelValues: []string{"a"}, Unlabelled: true, MaxUsed: policy.Bytes(1)}}, got)
+}
+
+func TestBadFilesPointAtThePlace(t *testing.T) {
 	for text, want := range map[string]string{
-		``:                              "line 1",
-		`{"version":2,"policies":[{}]}`: "version is 2",
-		`{"version":1}`:                 "no policies",
-		"{\"version\":1,\n\"policies\":[{\"max_used\":1}]}":    "line 2",
-		`{"version":1,"policies":[{"max_used_space":"lots"}]}`: `"10GB"`,
-		`{"version":1,"policies":[{"max_used_space":-5}]}`:     "amount",
-		`{"version":1,"policies":[{"max_used_space":1.5}]}`:    "amount",
-		`{"version":1,"policies":[{"keep_duration":48}]}`:      "48h",
-		`{"version":1,"policies":[{"keep_duration":"soon"}]}`:  `"48h"`,
-		`{"version":1,"policies":[{}, {"filters":["x"]}]}`:     "policy 2",
-		`{"version":1,"policies":[{}]} {}`:                     "behind",
+		"":                                "line 1, column 1: the text ends too early",
+		"{\n\"version\":1,":               "line 2, column 13: the text ends too early",
+		"{\n \"version\": 1,\n x}":        "line 3, column 2: invalid character 'x'",
+		`[1]`:                             "line 1, column 1: it is no object",
+		`{"version":2,"policies":[{}]}`:   "line 1, column 12, version: version is 2, not 1",
+		`{"policies":[{}]}`:               "version is missing",
+		`{"version":1}`:                   "no policies",
+		`{"version":1,"policies":{}}`:     "column 25, policies: there are no policies",
+		`{"version":1,"rules":[]}`:        "column 14, rules: there is no such field, but version and policies",
+		`{"version":1,"policies":[1]}`:    "column 26, policies[0]: it is no object",
+		`{"version":1,"policies":[null]}`: "policies[0]: it is no object",
+		"{\"version\":1,\n\"policies\":[{\"max_used\":1}]}":                      "line 2, column 14, policies[0].max_used: there is no such field, but name, filters,",
+		"{\"version\":1,\"policies\":[{},{\n  \"max_used_space\": \"9 lots\"}]}": `line 2, column 21, policies[1].max_used_space: amount "9 lots", at 3 ("lots"): there is no unit "lots"; for example 10GB, 512MiB or 20%`,
+		`{"version":1,"policies":[{"max_used_space":-5}]}`:                       `policies[0].max_used_space: amount "-5", at 1 ("-5"): a number is missing; for example`,
+		`{"version":1,"policies":[{"max_used_space":1.5}]}`:                      `policies[0].max_used_space: amount "1.5"`,
+		`{"version":1,"policies":[{"max_used_space":[]}]}`:                       `neither a string nor a number`,
+		`{"version":1,"policies":[{"keep_duration":48}]}`:                        `policies[0].keep_duration: duration "48", at 1 ("48"): it is no string with a unit; for example "48h"`,
+		`{"version":1,"policies":[{"keep_duration":"7d soon"}]}`:                 `at 3 (" soon"): a number`,
+		`{"version":1,"policies":[{"all":"yes"}]}`:                               "policies[0].all: a string cannot be here, but a bool",
+		`{"version":1,"policies":[{"all":true,"all":false}]}`:                    "policies[0].all: it is there twice",
+		`{"version":1,"policies":[{}, {"filters":["type==a", "type=b"]}]}`:       `column 53, policies[1].filters[1]: filter "type=b", at 5 ("=b")`,
+		`{"version":1,"policies":[{}]} {}`:                                       "column 31: there is something behind the object",
 	} {
 		_, err := policy.Read(strings.NewReader(text))
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, text)
+		var fe *policy.FileError
+		require.ErrorAs(t, err, &fe, text)
 		require.ErrorContains(t, err, want, text)
+	}
+}
+
+func FuzzRead(f *testing.F) {
+	var defaults strings.Builder
+	require.NoError(f, policy.Write(&defaults, policy.Defaults()))
+	f.Add(defaults.String())
+	f.Add(`{"version":1,"policies":[{"by_label":"team","label_values":["a"],"max_used_space":"20%"}]}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		got, err := policy.Read(strings.NewReader(text))
+		if err != nil {
+			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+			return
+		}
+		// What was understood is written so that it is understood again.
+		var b strings.Builder
+		require.NoError(t, policy.Write(&b, got))
+		again, err := policy.Read(strings.NewReader(b.String()))
+		require.NoError(t, err, b.String())
+		if diff := cmp.Diff(got, again, cmp.AllowUnexported(policy.Amount{}), cmpopts.EquateEmpty()); diff != "" {
+			t.Error(diff)
+		}
+		if _, err := policy.Compute(policy.Usage{Records: []policy.Record{{ID: "a", Size: 1}}}, disk, got, now); err != nil {
+			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+		}
+	})
+}
+
+func FuzzAmounts(f *testing.F) {
+	for _, s := range []string{"10GB", "1.5 MiB", "20%", "-1", "1,5GB", "99999999EB"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		a, err := policy.ParseAmount(text)
+		if err != nil {
+			placed(t, err, text)
+			return
+		}
+		require.GreaterOrEqual(t, a.Of(disk), int64(0))
+		again, err := policy.ParseAmount(a.String())
+		require.NoError(t, err, a.String())
+		require.Equal(t, a, again)
+	})
+}
+
+func FuzzDurations(f *testing.F) {
+	for _, s := range []string{"48h", "1w1d1h", "1.5d", "90m", "1h1d", "3µs", "9999999999w"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		d, err := policy.ParseDuration(text)
+		if err != nil {
+			placed(t, err, text)
+			return
+		}
+		require.GreaterOrEqual(t, d, policy.Duration(0))
+		again, err := policy.ParseDuration(d.String())
+		require.NoError(t, err, d.String())
+		require.Equal(t, d, again)
+	})
+}
+
+// placed requires an error that points into text and can be printed.
+func placed(t *testing.T, err error, text string) {
+	t.Helper()
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	var se *policy.SyntaxError
+	require.ErrorAs(t, err, &se)
+	require.Equal(t, text, se.Text)
+	require.GreaterOrEqual(t, se.At, 0)
+	require.LessOrEqual(t, se.At, len(text))
+	require.NotEmpty(t, se.Reason)
+	require.Contains(t, err.Error(), "for example "+se.Example)
+}
+
+// TestBadAmountsPointAtThePlace and say what would be right, which is right.
+func TestBadAmountsPointAtThePlace(t *testing.T) {
+	for text, at := range map[string]int{
+		"": 0, "-1": 0, " big": 1, "10XB": 2, "10 XB": 3, "5e3": 1, "1.2.3MB": 0, "101%": 0, "5%%": 1, "1,5GB": 1, "99999999EB": 0, "NaN%": 0, "%": 0,
+	} {
+		_, err := policy.ParseAmount(text)
+		placed(t, err, text)
+		var se *policy.SyntaxError
+		require.ErrorAs(t, err, &se)
+		require.Equal(t, at, se.At, "%v", err)
+		for _, example := range strings.Split(strings.ReplaceAll(se.Example, " or ", ", "), ", ") {
+			_, err := policy.ParseAmount(example)
+			require.NoError(t, err)
+		}
+	}
+	for text, at := range map[string]int{
+		"": 0, "5": 1, "-1h": 0, "1y": 1, "d": 0, "2d 3h": 2, "1d-1h": 1, "1h1d": 2, "1d1d": 2, "1..5h": 0, "9999999999w": 0, "1h5": 3, " soon": 1,
+	} {
+		_, err := policy.ParseDuration(text)
+		placed(t, err, text)
+		var se *policy.SyntaxError
+		require.ErrorAs(t, err, &se)
+		require.Equal(t, at, se.At, "%v", err)
+		for _, example := range strings.Split(strings.ReplaceAll(se.Example, " or ", ", "), ", ") {
+			_, err := policy.ParseDuration(example)
+			require.NoError(t, err)
+		}
 	}
 }
 

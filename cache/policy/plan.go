@@ -50,8 +50,13 @@ const (
 	// WithinLimits: the store is within the limits, or is once those went
 	// that were before it.
 	WithinLimits Reason = "within-limits"
-	// ReservedSpace: its removal would take the store below what is reserved.
+	// ReservedSpace: its removal would take the store, or the records of its
+	// label's value, below what is reserved.
 	ReservedSpace Reason = "reserved-space"
+	// OnRelease: it is a cache directory that a policy without limits picks
+	// by a filter, and somebody uses it now. Execute lets nobody else find it
+	// from then on, and it goes when it is released.
+	OnRelease Reason = "on-release"
 )
 
 // Step is what a plan says about one record.
@@ -99,6 +104,9 @@ func Compute(u Usage, d Disk, policies []Policy, now time.Time) (*Plan, error) {
 		return nil, err
 	}
 	for i := range ps {
+		s.reserve(&ps[i])
+	}
+	for i := range ps {
 		s.apply(&ps[i], i+1)
 	}
 	return s.plan(), nil
@@ -117,8 +125,11 @@ type state struct {
 	steps   []Step
 	victims []int
 	before  int64
-	used    int64
 	freed   int64
+	// whole has all records in one group; labels has the groups of each label
+	// that a policy groups by.
+	whole  *grouping
+	labels map[string]*grouping
 }
 
 func newState(u Usage, d Disk, now time.Time) (*state, error) {
@@ -126,6 +137,7 @@ func newState(u Usage, d Disk, now time.Time) (*state, error) {
 	s := &state{
 		disk: d, now: now, records: u.Records, parents: make([][]int, n),
 		kids: make([]int, n), gone: make([]bool, n), steps: make([]Step, n),
+		whole: newGrouping(u.Records, ""), labels: map[string]*grouping{},
 	}
 	at := make(map[string]int, n)
 	for i := range s.records {
@@ -134,10 +146,9 @@ func newState(u Usage, d Disk, now time.Time) (*state, error) {
 			return nil, fmt.Errorf("record %q is in the usage twice: %w", r.ID, errdefs.ErrInvalidArgument)
 		}
 		at[r.ID] = i
-		s.used += r.bytes()
+		s.before += r.bytes()
 		s.steps[i] = Step{Record: r, Action: Keep, Reason: NotSelected, Message: "no policy selects it"}
 	}
-	s.before = s.used
 	for i := range s.records {
 		for _, id := range s.records[i].Parents {
 			if p, ok := at[id]; ok {
@@ -154,19 +165,57 @@ func newState(u Usage, d Disk, now time.Time) (*state, error) {
 	return s, nil
 }
 
+// groupingOf is the groups that a policy's limits hold for.
+func (s *state) groupingOf(c *compiled) *grouping {
+	if c.ByLabel == "" {
+		return s.whole
+	}
+	g := s.labels[c.ByLabel]
+	if g == nil {
+		g = newGrouping(s.records, c.ByLabel)
+		s.labels[c.ByLabel] = g
+	}
+	return g
+}
+
+// reserve notes what a policy reserves for the values of a label: it holds for
+// all policies.
+func (s *state) reserve(c *compiled) {
+	if c.ByLabel == "" {
+		return
+	}
+	g := s.groupingOf(c)
+	for k := range g.groups {
+		if gr := &g.groups[k]; c.reserved != nil && c.concerns(gr.value, gr.set) && *c.reserved > gr.reserved {
+			gr.reserved, gr.reservedBy = *c.reserved, c
+		}
+	}
+}
+
 // apply lets one policy take what it takes.
 func (s *state) apply(c *compiled, number int) {
-	goal, tight := c.goal(s.used, s.disk, s.freed)
-	texts := newTexts(c, goal)
+	if c.ByLabel != "" && !c.limited() {
+		return // it reserves, and takes nothing
+	}
+	groups := s.groupingOf(c)
+	aims := groups.aims(c, s.disk, s.freed)
+	t := &texts{policy: c, groups: groups, aims: aims, made: map[textKey]string{}}
 	eligible := make([]bool, len(s.records))
 	queue := &queue{records: s.records}
 	for i := range s.records {
 		r := &s.records[i]
-		if s.gone[i] || r.Held != "" || !c.selects(r, s.now) {
+		aim := &aims[groups.of[i]]
+		if s.gone[i] || !aim.concerned || !c.selects(r, s.now) {
+			continue
+		}
+		if r.Held != "" {
+			if s.goesOnRelease(c, r) {
+				s.decide(i, Keep, OnRelease, number, t)
+			}
 			continue
 		}
 		why := s.spared(c, r)
-		if why == "" && goal != nil && !tight {
+		if why == "" && aim.within() {
 			why = WithinLimits
 		}
 		if why == "" && s.kids[i] > 0 {
@@ -177,25 +226,50 @@ func (s *state) apply(c *compiled, number int) {
 			queue.at = append(queue.at, i)
 			why = WithinLimits // until it is taken
 		}
-		s.decide(i, Keep, why, number, texts)
+		s.decide(i, Keep, why, number, t)
 	}
 	heap.Init(queue)
-	for queue.Len() > 0 && (goal == nil || s.used > *goal) {
+	for queue.Len() > 0 {
 		i, _ := heap.Pop(queue).(int)
-		size := s.records[i].bytes()
-		if c.reserved != nil && s.used-size < *c.reserved {
-			s.decide(i, Keep, ReservedSpace, number, texts)
+		k := groups.of[i]
+		if goal := aims[k].goal; goal != nil && groups.groups[k].used <= *goal {
+			continue // it is within the limits, by those that went before
+		}
+		if s.isReserved(c, i) {
+			s.decide(i, Keep, ReservedSpace, number, t)
 			continue
 		}
 		s.take(i)
-		s.decide(i, Remove, texts.taken, number, texts)
+		s.decide(i, Remove, t.taken(k), number, t)
 		for _, p := range s.parents[i] {
 			if s.kids[p]--; s.kids[p] == 0 && eligible[p] {
-				s.decide(p, Keep, WithinLimits, number, texts)
+				s.decide(p, Keep, WithinLimits, number, t)
 				heap.Push(queue, p)
 			}
 		}
 	}
+}
+
+// goesOnRelease says whether a policy that may not take r now wants it all the
+// same. Builds hold cache directories for as long as they run, so whoever names
+// one would else have to wait for a moment without a build.
+func (s *state) goesOnRelease(c *compiled, r *Record) bool {
+	return r.Cache != "" && len(c.Filters) > 0 && c.ByLabel == "" && !c.limited() && s.spared(c, r) == ""
+}
+
+// isReserved says whether the removal of a record would take the store below
+// what this policy reserves, or a group below what any policy does.
+func (s *state) isReserved(c *compiled, i int) bool {
+	size := s.records[i].bytes()
+	if c.ByLabel == "" && c.reserved != nil && s.whole.groups[0].used-size < *c.reserved {
+		return true
+	}
+	for _, g := range s.labels {
+		if gr := &g.groups[g.of[i]]; gr.reservedBy != nil && gr.used-size < gr.reserved {
+			return true
+		}
+	}
+	return false
 }
 
 // spared says why a policy does not take a record that it selects.
@@ -213,14 +287,18 @@ func (s *state) spared(c *compiled, r *Record) Reason {
 
 func (s *state) decide(i int, a Action, why Reason, number int, t *texts) {
 	st := &s.steps[i]
-	st.Action, st.Reason, st.Policy, st.Message = a, why, number, t.text[why]
+	st.Action, st.Reason, st.Policy, st.Message = a, why, number, t.text(s, i, why)
 }
 
 func (s *state) take(i int) {
 	s.gone[i] = true
 	s.victims = append(s.victims, i)
-	s.used -= s.records[i].bytes()
-	s.freed += s.records[i].bytes()
+	size := s.records[i].bytes()
+	s.freed += size
+	s.whole.groups[0].used -= size
+	for _, g := range s.labels {
+		g.groups[g.of[i]].used -= size
+	}
 }
 
 func (s *state) plan() *Plan {
@@ -251,35 +329,4 @@ func (q *queue) Pop() any {
 	last := q.at[len(q.at)-1]
 	q.at = q.at[:len(q.at)-1]
 	return last
-}
-
-// texts are the reasons of one policy in words, which all its records share.
-type texts struct {
-	taken Reason
-	text  map[Reason]string
-}
-
-func newTexts(c *compiled, goal *int64) *texts {
-	t := &texts{taken: Matched, text: map[Reason]string{
-		HasChildren:   "records that stay were made on top of it",
-		ProtectedType: "its type (" + typesText(Protected()) + ") goes only with all",
-		NamedByImage:  "an image names it, so it goes only with all",
-		Matched:       "selected by " + c.name,
-	}}
-	if c.KeepDuration != nil {
-		t.taken = Unused
-		t.text[Unused] = fmt.Sprintf("not used for %s (%s)", *c.KeepDuration, c.name)
-		t.text[Recent] = fmt.Sprintf("used within %s (%s)", *c.KeepDuration, c.name)
-	}
-	if goal != nil {
-		t.taken = OverLimit
-		t.text[OverLimit] = fmt.Sprintf("the store is above %s (%s)", bytesText(*goal), c.name)
-		t.text[WithinLimits] = fmt.Sprintf("without it the store is within %s already (%s)", bytesText(*goal), c.name)
-	} else {
-		t.text[WithinLimits] = "nothing asks for its space"
-	}
-	if c.reserved != nil {
-		t.text[ReservedSpace] = fmt.Sprintf("the store would go below %s, which are reserved (%s)", bytesText(*c.reserved), c.name)
-	}
-	return t
 }

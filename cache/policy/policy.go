@@ -23,6 +23,19 @@ type Policy struct {
 	// All takes records of protected types and those of images, too.
 	All bool `json:"all,omitempty"`
 
+	// ByLabel makes the rule one of quotas: the records are grouped by their
+	// value of this label, those without it being a group of their own, and
+	// Reserved, MaxUsed and Target hold for each group. A record counts in its
+	// own group only, whatever lies below it. Such a rule removes nothing but
+	// what is above a group's MaxUsed or, without one, its Target; and what it
+	// reserves holds for all rules of the list.
+	ByLabel string `json:"by_label,omitempty"`
+	// LabelValues restricts a rule of quotas to the groups of these values, and
+	// Unlabelled to the records without the label; both, to all of them.
+	// Neither means every group.
+	LabelValues []string `json:"label_values,omitempty"`
+	Unlabelled  bool     `json:"unlabelled,omitempty"`
+
 	// KeepDuration spares what was used, or made, within this time.
 	KeepDuration *Duration `json:"keep_duration,omitempty"`
 	// Reserved is what the store may always use: nothing goes that would
@@ -87,7 +100,38 @@ func (p *Policy) compile(number int, d Disk) (c compiled, err error) {
 		n := limit.amount.Of(d)
 		*limit.to = &n
 	}
+	if err := c.grouped(); err != nil {
+		return c, err
+	}
 	return c, c.possible(d)
+}
+
+// grouped refuses a rule of quotas that says nothing, or what only a rule for
+// the whole store can say.
+func (c *compiled) grouped() error {
+	switch {
+	case c.ByLabel == "" && (len(c.LabelValues) > 0 || c.Unlabelled):
+		return fmt.Errorf(`label_values and unlabelled need by_label, for example "by_label": "team": %w`, errdefs.ErrInvalidArgument)
+	case c.ByLabel == "":
+		return nil
+	case c.minFree != nil:
+		return fmt.Errorf("min free space is of the disk, not of a label's value: %w", errdefs.ErrInvalidArgument)
+	case c.maxUsed == nil && c.reserved == nil && c.target == nil:
+		return fmt.Errorf(`a rule by label needs a limit, for example "max_used_space": "10GB": %w`, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// concerns says whether the rule holds for the records that have this value of
+// its label, or for those that have none.
+func (c *compiled) concerns(value string, set bool) bool {
+	if c.ByLabel == "" || len(c.LabelValues) == 0 && !c.Unlabelled {
+		return true
+	}
+	if !set {
+		return c.Unlabelled
+	}
+	return slices.Contains(c.LabelValues, value)
 }
 
 // possible refuses limits that contradict each other, whatever the records.
@@ -109,6 +153,9 @@ func (c *compiled) possible(d Disk) error {
 	}
 	return above(c.minFree, "min free space", &d.Total, "the size of the disk")
 }
+
+// limited says whether the policy has a limit that the store can be above.
+func (c *compiled) limited() bool { return c.maxUsed != nil || c.minFree != nil || c.target != nil }
 
 // goal is what the store may use after this policy, nil if the policy has no
 // limit. tight says that used is above it, so that something has to go.
@@ -162,7 +209,43 @@ func compileAll(policies []Policy, d Disk) ([]compiled, error) {
 		}
 		out = append(out, c)
 	}
-	return out, nil
+	return out, together(out)
+}
+
+// together refuses reservations by label that the limits of other rules do not
+// leave room for, as far as that can be said without looking at the records.
+func together(ps []compiled) error {
+	for _, r := range ps {
+		if r.ByLabel == "" || r.reserved == nil {
+			continue
+		}
+		for _, l := range ps {
+			if l.ByLabel != r.ByLabel && l.ByLabel != "" || l.ByLabel != "" && !overlap(&r, &l) {
+				continue
+			}
+			need := *r.reserved
+			if l.ByLabel == "" {
+				need *= int64(max(len(r.LabelValues), 1))
+			}
+			for _, limit := range []struct {
+				name string
+				of   *int64
+			}{{"max used space", l.maxUsed}, {"target space", l.target}} {
+				if limit.of != nil && need > *limit.of {
+					return fmt.Errorf("%s: reserved space by label (%s) is above %s of %s (%s), so it cannot be kept: %w",
+						r.name, bytesText(need), limit.name, l.name, bytesText(*limit.of), errdefs.ErrInvalidArgument)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// overlap says whether two rules by one label have a group in common.
+func overlap(a, b *compiled) bool {
+	all := func(c *compiled) bool { return len(c.LabelValues) == 0 && !c.Unlabelled }
+	return all(a) || all(b) || a.Unlabelled && b.Unlabelled ||
+		slices.ContainsFunc(a.LabelValues, func(v string) bool { return slices.Contains(b.LabelValues, v) })
 }
 
 // Defaults are the policies of a store whose owner has none: what is easily made

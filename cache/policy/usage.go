@@ -16,6 +16,9 @@ type Record struct {
 	Description string
 	Labels      map[string]string
 	Retained    bool
+	// Cache is the id of the cache directory that the record is, empty for
+	// other records.
+	Cache string
 	// Image says that an image names the record.
 	Image bool
 
