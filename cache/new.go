@@ -127,7 +127,9 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 		e.parents = append(e.parents, pe)
 	}
 	m.written[rec.Key] = struct{}{}
-	return &MutableRef{h: m.handleLocked(e, HolderMutable)}, nil
+	h := m.handleLocked(e, HolderMutable)
+	h.noTouch = true // to be made is no use
+	return &MutableRef{h: h}, nil
 }
 
 // requireDepth refuses a parent on which one more layer could be written, but

@@ -79,6 +79,7 @@ func PolicyRecord(rec *Record) policy.Record {
 			r.Key = string(v.Data)
 		}
 	}
+	r.Cache = directoryOf(rec)
 	return r
 }
 
@@ -88,6 +89,9 @@ func PolicyRecord(rec *Record) policy.Record {
 // holds, or that has a child which stays, is left alone. The last pair may have
 // an error instead: the context ended or the manager was closed, and the
 // victims that were not yielded are untouched.
+//
+// Cache directories that are in use, and that the plan has go all the same, are
+// left to their users: see RemoveWhenReleased.
 //
 // Several victims share one transaction. While the loop's body runs nothing is
 // locked and nobody waits for it; leaving the loop ends the work. The space of
@@ -107,6 +111,19 @@ func (m *Manager) Execute(ctx context.Context, plan *policy.Plan) iter.Seq2[Remo
 				if !yield(r, nil) {
 					return
 				}
+			}
+		}
+		for _, s := range plan.Kept() {
+			if s.Reason != policy.OnRelease {
+				continue
+			}
+			gone, err := m.RemoveWhenReleased(ctx, ID(s.Record.ID))
+			if err != nil && !is(err, errdefs.ErrNotFound) {
+				yield(Removed{}, fmt.Errorf("execute a plan: %w", err))
+				return
+			}
+			if gone && !yield(Removed{ID: ID(s.Record.ID), Freed: max(s.Record.Size, 0)}, nil) {
+				return
 			}
 		}
 	}

@@ -3,6 +3,7 @@ package workspace
 import (
 	"context"
 	"errors"
+	"maps"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -101,7 +102,20 @@ func (r *run) open(ctx context.Context, m *cache.Manager, rec *cache.Record) (*c
 func (r *run) newOptions(v cache.Value) cache.NewOptions {
 	return cache.NewOptions{
 		Type: Type, Description: "workspace " + r.job.Key, Retain: true, Values: []cache.Value{v},
+		Labels: r.labels(),
 	}
+}
+
+// labels are those of a new record: what the workspace had before, with the
+// job's.
+func (r *run) labels() map[string]string {
+	out := map[string]string{}
+	if r.seen != nil {
+		maps.Copy(out, r.seen.Labels)
+	}
+	maps.Copy(out, r.job.Labels)
+	maps.DeleteFunc(out, func(_, value string) bool { return value == "" })
+	return out
 }
 
 // child makes the next snapshot of a workspace that was finalized. The key

@@ -7,9 +7,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/workspace/cachemount"
 	"github.com/lamina-build/lamina/workspace/runlog"
 	"github.com/lamina-build/lamina/workspace/sandbox"
 	"github.com/lamina-build/lamina/workspace/source"
@@ -31,12 +33,18 @@ func (r *run) build(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, log.Close()) }()
-	if r.job.OnStart != nil {
-		r.job.OnStart(r.res)
+	failed, err := r.withCaches(ctx, func(mounts []sandbox.Mount) error {
+		if r.job.OnStart != nil {
+			r.job.OnStart(r.res)
+		}
+		start := time.Now()
+		failed := r.command(ctx, log, mounts)
+		r.res.Duration = time.Since(start)
+		return failed
+	})
+	if err != nil {
+		return errors.Join(failed, err)
 	}
-	start := time.Now()
-	failed := r.command(ctx, log)
-	r.res.Duration = time.Since(start)
 	if ctx.Err() != nil {
 		return failed // the next run continues it
 	}
@@ -86,10 +94,10 @@ func (r *run) sourceDir() string {
 }
 
 // command runs it. The error says that it could not be started, or was ended.
-func (r *run) command(ctx context.Context, log *runlog.Writer) error {
+func (r *run) command(ctx context.Context, log *runlog.Writer, caches []sandbox.Mount) error {
 	exit, err := sandbox.Run(ctx, sandbox.Spec{
 		Args: r.job.Args, Env: r.job.Env,
-		Dir: r.job.dir(), Source: r.mount.Path(), Mounts: r.job.Mounts,
+		Dir: r.job.dir(), Source: r.mount.Path(), Mounts: slices.Concat(r.job.Mounts, caches),
 		Stdout:  io.MultiWriter(r.job.Stdout, log.Stdout()),
 		Stderr:  io.MultiWriter(r.job.Stderr, log.Stderr()),
 		Signals: r.job.Signals, Private: r.job.Private,
@@ -155,6 +163,9 @@ func (r *run) end(ctx context.Context, done *memo, log *runlog.Writer) (err erro
 		Take: []string{ValueKey},
 		Edit: func(e *cache.Edit) error {
 			e.ClearValue(ValueNext)
+			for name, value := range r.job.Labels {
+				e.SetLabel(name, value)
+			}
 			return errors.Join(e.SetValue(value), e.Attach(runlog.Attachment, text), e.Attach(AttachmentSource, tree))
 		},
 	})
@@ -163,7 +174,34 @@ func (r *run) end(ctx context.Context, done *memo, log *runlog.Writer) (err erro
 	}
 	err = errors.Join(imm.Release(ctx), r.hold.Release())
 	r.hold = nil // before the store is closed, so that it can be closed clean
+	if len(r.job.Caches) > 0 {
+		_, rerr := m.RemoveReleased(ctx)
+		err = errors.Join(err, rerr)
+	}
 	return err
+}
+
+// withCaches lets do run while the cache directories are held. failed is its
+// error, err that of the directories.
+func (r *run) withCaches(ctx context.Context, do func([]sandbox.Mount) error) (failed, err error) {
+	if len(r.job.Caches) == 0 {
+		return do(nil), nil
+	}
+	set, err := cachemount.Acquire(ctx, cachemount.Options{
+		Root: r.job.Root, NoWait: r.job.NoWait, OnWait: r.job.OnCacheWait,
+		Open: func(ctx context.Context) (*cache.Manager, error) { return r.job.Open(ctx, false) },
+	}, r.job.Caches)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, set.Release()) }()
+	// They are gone before the outputs are looked for.
+	undo, err := cachemount.MakeTargets(r.mount.Path(), r.job.Caches, r.tree.Has)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, undo()) }()
+	return do(set.Mounts(r.job.dir())), nil
 }
 
 // closing closes m at the end of a function.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"path/filepath"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	digest "github.com/opencontainers/go-digest"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/workspace/cachemount"
 	"github.com/lamina-build/lamina/workspace/output"
 	"github.com/lamina-build/lamina/workspace/sandbox"
 	"github.com/lamina-build/lamina/workspace/source"
@@ -43,10 +45,17 @@ type Job struct {
 	// Outputs are copied out of the workspace when the command succeeded.
 	Outputs []output.Spec
 	Mounts  []sandbox.Mount
+	// Caches are directories that outlive the workspace. What they are counts,
+	// what is in them does not, and nothing of them is in the workspace or in
+	// its outputs. They need Private.
+	Caches []cachemount.Spec
+	// Labels are set on the record of the workspace when the command runs;
+	// an empty value removes one. They do not count.
+	Labels map[string]string
 	// NoMemo runs the command even if nothing changed.
 	NoMemo bool
 	// NoWait fails with cache.ErrLocked, instead of waiting, while another
-	// run of the same key is under way.
+	// run of the same key is under way or has a cache directory.
 	NoWait bool
 
 	// Private says that namespaces can be had.
@@ -55,14 +64,16 @@ type Job struct {
 	Stderr  io.Writer
 	Signals <-chan os.Signal
 
-	// OnWait hears whom the run waits for; OnStart that the command is about to
-	// run, with what is known of the result, such as why; OnCached that it does not; OnNote what of the source
-	// could not be kept as it is. Any may be nil.
-	OnWait   func(cache.Holder)
-	OnStart  func(Result)
-	OnCached func()
-	OnNote   func(source.Note)
-	Progress source.Progress
+	// OnWait hears whom the run waits for; OnCacheWait the same for one of its
+	// cache directories; OnStart that the command is about to run, with what is
+	// known of the result, such as why; OnCached that it does not; OnNote what
+	// of the source could not be kept as it is. Any may be nil.
+	OnWait      func(cache.Holder)
+	OnCacheWait func(cachemount.Spec, cache.Holder)
+	OnStart     func(Result)
+	OnCached    func()
+	OnNote      func(source.Note)
+	Progress    source.Progress
 }
 
 // Result is what a run did. Its JSON form is stable.
@@ -133,9 +144,32 @@ func (j *Job) validate() error {
 			return fmt.Errorf("source %s is not a directory: %w", j.Source, errdefs.ErrInvalidArgument)
 		}
 	}
+	if _, ok := j.Labels[""]; ok {
+		return fmt.Errorf("a label needs a name: %w", errdefs.ErrInvalidArgument)
+	}
+	if err := j.validateCaches(); err != nil {
+		return err
+	}
 	var err error
 	if j.Root, err = filepath.Abs(j.Root); err != nil {
 		return err
+	}
+	return nil
+}
+
+func (j *Job) validateCaches() (err error) {
+	if j.Caches, err = cachemount.Check(j.Caches); err != nil {
+		return err
+	}
+	for _, c := range j.Caches {
+		for _, o := range j.Outputs {
+			if cachemount.Inside(path.Clean(o.Path), c.Target) {
+				return fmt.Errorf("output %q is in the cache directory at %q, of which nothing comes out: %w", o.Path, c.Target, errdefs.ErrInvalidArgument)
+			}
+		}
+	}
+	if len(j.Caches) > 0 && !j.Private {
+		return fmt.Errorf("cache directories need a mount namespace: %w", errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }

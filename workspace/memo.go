@@ -54,6 +54,9 @@ func newMemo(j *Job, source digest.Digest, salt []byte) *memo {
 	for _, t := range j.Mounts {
 		m.Mounts = append(m.Mounts, fmt.Sprintf("%q:%q:%t", t.Source, t.Target, t.ReadOnly))
 	}
+	for _, c := range j.Caches {
+		m.Mounts = append(m.Mounts, fmt.Sprintf("cache:%q:%q:%s", c.ID, c.Target, c.Sharing))
+	}
 	return m
 }
 

@@ -10,8 +10,9 @@ import (
 
 const filterHelp = `Filters are containerd's: FIELD==VALUE, FIELD!=VALUE, FIELD~=REGEXP, or FIELD
 alone for "is set"; a comma means and, several --filter mean or. The fields are
-id, state, op, type, key, description, retained (true or false) and
-labels.NAME, or labels."NAME" if the name has other characters than letters.
+id, state, op, type, key, cache (the id of a cache directory), description,
+retained (true or false) and labels.NAME, or labels."NAME" if the name has other
+characters than letters.
 Ranges with <, <=, >, >=, == and != compare size ("size>100MB"), age, idle (since
 its last use) and cost ("idle>=7d"), uses, and numbers in labels.`
 

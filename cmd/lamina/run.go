@@ -15,6 +15,7 @@ type runOptions struct {
 	env       []string // K or K=V
 	ignoreEnv []string
 	mounts    []string // SPEC
+	labels    []string // K=V
 	noMemo    bool
 	noWait    bool
 	args      []string // the command
@@ -23,11 +24,11 @@ type runOptions struct {
 func newRun(a *app) *cobra.Command {
 	var o runOptions
 	cmd := &cobra.Command{
-		Use:   "run --key KEY [--src DIR] [--exclude P]... [--out PATH[:DEST]]... [--env K[=V]]... [--ignore-env K]... [--mount SPEC]... [--no-memo] [--no-wait] -- CMD ARGS...",
+		Use:   "run --key KEY [--src DIR] [--exclude P]... [--out PATH[:DEST]]... [--env K[=V]]... [--ignore-env K]... [--mount SPEC]... [--label K=V]... [--no-memo] [--no-wait] -- CMD ARGS...",
 		Short: "Run a build command in a warm workspace",
 		Example: `  lamina run --key app --src . --out bin/app -- make
   lamina run --key docs --src . --exclude .git --out public:/srv/docs -- hugo
-  lamina run --key test --src . --ignore-env GITHUB_RUN_ID -- go test ./...`,
+  lamina run --key js --src . --mount type=cache,target=.npm -- npm ci`,
 		Long: `Run a build command in the workspace of KEY: a snapshot that holds the products
 of the last run. The source tree is synced in first: only what changed is copied,
 what is gone is deleted, build products stay. If the command, the environment and
@@ -42,8 +43,17 @@ may be files or directories. An output that the command did not make is an error
 The command inherits the environment, and all of it counts, but for variables
 that name a session, such as TERM and SSH_AUTH_SOCK, and those of --ignore-env,
 where a name may end in *. Its standard input is /dev/null. No process of it
-outlives lamina. SPEC is SOURCE:TARGET[:ro]; it counts, but what is in SOURCE does
-not.
+outlives lamina.
+
+SPEC is SOURCE:TARGET[:ro], or type=cache,id=ID,target=PATH[,sharing=MODE] for a
+directory that outlives the workspace and that any run finds by ID. PATH, which is
+the ID if none is given, is relative to the workspace. With MODE shared, the
+default, several runs use it at once; with locked they take turns in the order of
+arrival; with private a run that finds it in use gets another. A SPEC counts; what
+is in the directory does not, and nothing of it is in the workspace or an output.
+
+--label sets a label of the workspace, for filters and quotas; K= removes one. It
+does not count.
 
 Two runs of one key take turns, unless --no-wait is given; runs of different keys
 do not wait for each other. With --json the last line of standard error is one
@@ -74,8 +84,9 @@ object that says what was done, and why.`,
 	flags.StringArrayVar(&o.env, "env", nil, "set `K[=V]` in the command's environment")
 	flags.StringArrayVar(&o.ignoreEnv, "ignore-env", nil, "variable `K` does not count for the memo")
 	flags.StringArrayVar(&o.mounts, "mount", nil, "further mount `SPEC`")
+	flags.StringArrayVar(&o.labels, "label", nil, "set the label `K=V` of the workspace")
 	flags.BoolVar(&o.noMemo, "no-memo", false, "run even if nothing changed")
-	flags.BoolVar(&o.noWait, "no-wait", false, "fail if another run of this key is under way")
+	flags.BoolVar(&o.noWait, "no-wait", false, "fail where another run would be waited for")
 	_ = cmd.MarkFlagDirname("src")
 	_ = cmd.RegisterFlagCompletionFunc("key", a.completeKeys)
 	return cmd

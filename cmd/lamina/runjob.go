@@ -18,6 +18,7 @@ import (
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/workspace"
+	"github.com/lamina-build/lamina/workspace/cachemount"
 	"github.com/lamina-build/lamina/workspace/output"
 	"github.com/lamina-build/lamina/workspace/sandbox"
 	"github.com/lamina-build/lamina/workspace/source"
@@ -121,6 +122,9 @@ func (a *app) job(o runOptions) (workspace.Job, error) {
 		Private: a.namespace != nil && a.namespace.Private,
 		Stdout:  os.Stdout, Stderr: os.Stderr,
 		OnWait: a.sayRunWaits,
+		OnCacheWait: func(c cachemount.Spec, h cache.Holder) {
+			a.say("waiting for %s, which has the cache directory %q", h, c.ID)
+		},
 		OnNote: func(n source.Note) { a.say("%s: %s", n.Path, n.Reason) },
 	}
 	if j.Env, err = environment(os.Environ(), o.env); err != nil {
@@ -133,12 +137,26 @@ func (a *app) job(o runOptions) (workspace.Job, error) {
 		}
 		j.Outputs = append(j.Outputs, spec)
 	}
+	if j.Labels, err = parseLabels(o.labels); err != nil {
+		return j, err
+	}
 	for _, s := range o.mounts {
+		if strings.HasPrefix(s, "type=") {
+			c, err := cachemount.ParseSpec(s)
+			if err != nil {
+				return j, fmt.Errorf("--mount: %w", err)
+			}
+			j.Caches = append(j.Caches, c)
+			continue
+		}
 		t, err := parseMount(s)
 		if err != nil {
 			return j, fmt.Errorf("--mount %q: %w", s, err)
 		}
 		j.Mounts = append(j.Mounts, t)
+	}
+	if j.Caches, err = cachemount.Check(j.Caches); err != nil {
+		return j, fmt.Errorf("--mount: %w", err)
 	}
 	return j, nil
 }

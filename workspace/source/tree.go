@@ -2,6 +2,8 @@ package source
 
 import (
 	"iter"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -162,6 +164,23 @@ func (t *Tree) Entries() iter.Seq[Entry] {
 			}
 		}
 	}
+}
+
+// Has says whether the tree has an entry of this path, which is clean and
+// relative to its top.
+func (t *Tree) Has(p string) bool {
+	at := int32(-1)
+	for name := range strings.SplitSeq(p, "/") {
+		kids := t.children(at)
+		k, found := slices.BinarySearchFunc(kids, name, func(i int32, name string) int {
+			return strings.Compare(t.nodes[i].name, name)
+		})
+		if !found {
+			return false
+		}
+		at = kids[k]
+	}
+	return true
 }
 
 // path is the path of node i; that of -1, the top, is empty.
