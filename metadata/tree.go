@@ -30,6 +30,8 @@ type tree struct {
 	roots []namedRoot
 	// stack is what the last look-up went by, to be used again.
 	stack []position
+	// passed, if set, hears of each page that a walk passes over.
+	passed func(error)
 }
 
 // maxDepth is more than any tree of bbolt has: each branch has two pages
@@ -271,7 +273,15 @@ func (c *treeCursor) next() (ok bool, err error) {
 }
 
 // mayPass says whether an error is one of the pages that a walk may skip.
-func (c *treeCursor) mayPass(err error) bool { return c.t.passOver && errors.Is(err, ErrDamaged) }
+func (c *treeCursor) mayPass(err error) bool {
+	if !c.t.passOver || !errors.Is(err, ErrDamaged) {
+		return false
+	}
+	if c.t.passed != nil {
+		c.t.passed(err)
+	}
+	return true
+}
 
 // settle goes to the first row at or behind the position.
 func (c *treeCursor) settle() (ok bool, err error) {
