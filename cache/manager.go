@@ -32,6 +32,8 @@ type Manager struct {
 	ownDriver bool
 	info      snapshot.Info
 	readOnly  bool
+	// refused says why a store that was to be changed is read-only.
+	refused   error
 	command   string
 	bootID    string
 	log       *slog.Logger
@@ -133,6 +135,9 @@ func (m *Manager) open(ctx context.Context, o *Options) error {
 	if meta.Driver != "" && (m.info.Name != meta.Driver || m.info.Attributes != meta.Attributes) {
 		return fmt.Errorf("store %s was made with driver %s, attributes %q, not %s, %q: %w",
 			m.root, meta.Driver, meta.Attributes, m.info.Name, m.info.Attributes, errdefs.ErrFailedPrecondition)
+	}
+	if err := m.checkOrigin(meta); err != nil {
+		return err
 	}
 	m.pool = newPool(m.root, o.PrivateMounts, o.NoMounts)
 	m.marks = &marks{root: m.root, step: m.step}
@@ -284,6 +289,9 @@ func (m *Manager) begin() (end func(), err error) {
 
 // beginChange is begin for an operation that writes.
 func (m *Manager) beginChange() (end func(), err error) {
+	if m.refused != nil {
+		return nil, m.refused
+	}
 	if m.readOnly {
 		return nil, fmt.Errorf("store %s is open read-only: %w", m.root, errdefs.ErrFailedPrecondition)
 	}

@@ -104,7 +104,7 @@ func (t *tree) adopt(a Adopted) error {
 		return err
 	}
 	if a.Parent != "" {
-		if err := t.join(a.Parent, path); err != nil {
+		if err := t.join(a.Parent, path, 0); err != nil {
 			return err
 		}
 	}

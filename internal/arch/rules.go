@@ -63,8 +63,10 @@ var rooms = map[string][]string{
 	"workspace/source":  {"internal/fsat", "contenthash"},
 	"workspace/output":  {"internal/fsat", "workspace/source"}, // outputs are copied as sources are
 
-	"migrate":    {"checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash"},
-	"cmd/lamina": {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
+	"migrate": {"migrate/legacytest", "checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash"},
+	// State directories are made with the library of those who make them.
+	"migrate/legacytest": {},
+	"cmd/lamina":         {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
 
 	// Descriptors below a directory: for whoever walks a tree that may be hostile.
 	"internal/fsat": {},
@@ -86,7 +88,7 @@ type library struct {
 var libraries = []library{
 	{
 		path:  "go.etcd.io/bbolt",
-		rooms: []string{"metadata"},
+		rooms: []string{"metadata", "migrate/legacytest"},
 		tests: []string{"snapshot"},
 		why:   "only metadata knows how records are stored",
 	},
