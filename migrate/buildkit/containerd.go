@@ -1,0 +1,304 @@
+package buildkit
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// namespace is the one that the worker's records live in. That of the build
+// history has blobs only, which are not ours.
+const namespace = "buildkit"
+
+// knownVersion is the newest version of containerd's schema that is known.
+const knownVersion = 4
+
+// readNames reads leases, names of snapshots, and blobs.
+func (s *State) readNames(db *database) error {
+	v1, err := onlyV1(db)
+	if err != nil || v1 == nil {
+		s.Snapshotter = s.snapshotterByName()
+		return err
+	}
+	version, ok, err := v1.Get("version")
+	if err != nil {
+		return err
+	}
+	if n, _ := binary.Varint(version.Value); ok && n > knownVersion {
+		return fmt.Errorf("schema has version %d, and %d is known: %w", n, knownVersion, ErrNewer)
+	}
+	ns, err := child(v1, namespace)
+	if err != nil {
+		return err
+	}
+	drivers, err := child(ns, "snapshots")
+	if err != nil {
+		return err
+	}
+	if err := s.readSnapshotNames(db, drivers); err != nil {
+		return err
+	}
+	leases, err := child(ns, "leases")
+	if err != nil {
+		return err
+	}
+	s.eachBucket(db, leases, "leases", s.readLease)
+	content, err := child(ns, "content")
+	if err != nil {
+		return err
+	}
+	blobs, err := child(content, "blob")
+	if err != nil {
+		return err
+	}
+	s.eachBucket(db, blobs, "blobs", s.readBlob)
+	return nil
+}
+
+// onlyV1 is the bucket that all others are in, nil if there is none yet.
+func onlyV1(db *database) (*metadata.ForeignBucket, error) {
+	top, err := buckets(db, "v1")
+	if err != nil {
+		return nil, err
+	}
+	if v1, ok := top["v1"]; ok {
+		return &v1, nil
+	}
+	return nil, nil
+}
+
+// child is a bucket in b, which may be nil, nil if it is not there.
+func child(b *metadata.ForeignBucket, name string) (*metadata.ForeignBucket, error) {
+	if b == nil {
+		return nil, nil
+	}
+	row, _, err := b.Get(name)
+	return row.Bucket, err
+}
+
+// eachBucket calls read for each bucket in b, which may be nil. Those that
+// cannot be read are warned of.
+func (s *State) eachBucket(db *database, b *metadata.ForeignBucket, what string, read func(name string, b metadata.ForeignBucket) error) {
+	if b == nil {
+		return
+	}
+	for row, err := range b.Rows() {
+		name := string(row.Key)
+		if err == nil && row.Bucket != nil {
+			err = read(name, *row.Bucket)
+		}
+		switch {
+		case err != nil && name == "":
+			s.warn("%s: %s: %v; those in it are lost", db.mark.Name, what, err)
+		case err != nil:
+			s.warn("%s: %s: %q: %v; it is lost", db.mark.Name, what, printable(name), err)
+		}
+	}
+}
+
+// snapshotterByName is the snapshotter that the worker's name tells.
+func (s *State) snapshotterByName() string {
+	_, driver, _ := strings.Cut(s.Worker, "-")
+	return driver
+}
+
+func (s *State) readSnapshotNames(db *database, drivers *metadata.ForeignBucket) error {
+	var found []string
+	if drivers != nil {
+		for row, err := range drivers.Rows() {
+			if err != nil {
+				return err
+			}
+			found = append(found, string(row.Key))
+		}
+	}
+	switch own := s.snapshotterByName(); {
+	case slices.Contains(found, own) || len(found) == 0:
+		s.Snapshotter = own
+	case len(found) == 1:
+		s.Snapshotter = found[0] // the directory has another name now
+	default:
+		return fmt.Errorf("snapshots of %s, and the worker is called %s: %w", strings.Join(found, ", "), s.Worker, ErrUnsupported)
+	}
+	if s.Snapshotter != Overlayfs && s.Snapshotter != Native {
+		return fmt.Errorf("snapshots of the snapshotter %q are kept in a way of their own: %w", s.Snapshotter, ErrUnsupported)
+	}
+	own, err := child(drivers, s.Snapshotter)
+	if err != nil {
+		return err
+	}
+	s.eachBucket(db, own, "names of snapshots", func(name string, b metadata.ForeignBucket) error {
+		key, _, err := b.Get("name")
+		if err != nil {
+			return err
+		}
+		labels, err := labelsOf(b)
+		if err != nil {
+			return err
+		}
+		s.Snapshots[name] = &Snapshot{Name: name, Key: string(key.Value), Labels: labels}
+		return nil
+	})
+	return nil
+}
+
+func labelsOf(b metadata.ForeignBucket) (map[string]string, error) {
+	labels, err := child(&b, "labels")
+	if err != nil || labels == nil {
+		return nil, err
+	}
+	m := map[string]string{}
+	for row, err := range labels.Rows() {
+		if err != nil {
+			return nil, err
+		}
+		m[string(row.Key)] = string(row.Value)
+	}
+	return m, nil
+}
+
+func (s *State) readLease(id string, b metadata.ForeignBucket) error {
+	l := &Lease{ID: id, Snapshots: map[string]bool{}, Blobs: map[digest.Digest]bool{}}
+	labels, err := labelsOf(b)
+	if err != nil {
+		return err
+	}
+	_, l.Temporary = labels["buildkit/lease.temporary"]
+	drivers, err := child(&b, "snapshots")
+	if err != nil {
+		return err
+	}
+	own, err := child(drivers, s.Snapshotter)
+	if err != nil {
+		return err
+	}
+	err = eachKey(own, func(name string) { l.Snapshots[name] = true })
+	if err != nil {
+		return err
+	}
+	content, err := child(&b, "content")
+	if err != nil {
+		return err
+	}
+	if err := eachKey(content, func(d string) { l.Blobs[digest.Digest(d)] = true }); err != nil {
+		return err
+	}
+	s.Leases[id] = l
+	return nil
+}
+
+// eachKey calls fn for the keys of b, which may be nil.
+func eachKey(b *metadata.ForeignBucket, fn func(string)) error {
+	if b == nil {
+		return nil
+	}
+	for row, err := range b.Rows() {
+		if err != nil {
+			return err
+		}
+		fn(string(row.Key))
+	}
+	return nil
+}
+
+func (s *State) readBlob(name string, b metadata.ForeignBucket) error {
+	d, err := digest.Parse(name)
+	if err != nil {
+		return err
+	}
+	size, _, err := b.Get("size")
+	if err != nil {
+		return err
+	}
+	labels, err := labelsOf(b)
+	if err != nil {
+		return err
+	}
+	n, _ := binary.Varint(size.Value)
+	s.Blobs[d] = &Blob{Digest: d, Size: max(n, 0), Labels: labels}
+	return nil
+}
+
+// readDriver reads what the snapshotter knows of the snapshots. A name that it
+// does not know is no snapshot.
+func (s *State) readDriver(db *database) error {
+	byKey := map[string]*Snapshot{}
+	for name, snap := range s.Snapshots {
+		if snap.Key == "" || byKey[snap.Key] != nil {
+			s.warn("%s: snapshot %q has no key of its own; it is lost", names, printable(name))
+			delete(s.Snapshots, name)
+			continue
+		}
+		byKey[snap.Key] = snap
+	}
+	v1, err := onlyV1(db)
+	if err != nil {
+		return err
+	}
+	snapshots, err := child(v1, "snapshots")
+	if err != nil {
+		return err
+	}
+	known := map[string]bool{}
+	s.eachBucket(db, snapshots, "snapshots", func(key string, b metadata.ForeignBucket) error {
+		snap := byKey[key]
+		if snap == nil {
+			snap = &Snapshot{Key: key}
+		}
+		if err := snap.read(b); err != nil {
+			return err
+		}
+		known[key] = true
+		if snap.Name == "" {
+			s.Unnamed = append(s.Unnamed, snap)
+		}
+		return nil
+	})
+	for name, snap := range s.Snapshots {
+		if !known[snap.Key] {
+			delete(s.Snapshots, name)
+		}
+	}
+	return nil
+}
+
+// read takes what the snapshotter's row says.
+func (snap *Snapshot) read(b metadata.ForeignBucket) error {
+	values := map[string][]byte{}
+	for row, err := range b.Rows() {
+		if err != nil {
+			return err
+		}
+		if row.Bucket == nil {
+			values[string(row.Key)] = row.Value
+		}
+	}
+	id, n := binary.Uvarint(values["id"])
+	if n <= 0 || id == 0 {
+		return fmt.Errorf("it has no number")
+	}
+	if len(values["kind"]) != 1 {
+		return fmt.Errorf("it has no kind")
+	}
+	snap.Dir = strconv.FormatUint(id, 10)
+	snap.Kind = Kind(values["kind"][0])
+	snap.Parent = string(values["parent"])
+	snap.Size, _ = binary.Varint(values["size"])
+	snap.Inodes, _ = binary.Varint(values["inodes"])
+	for name, at := range map[string]*time.Time{"createdat": &snap.Created, "updatedat": &snap.Updated} {
+		if v := values[name]; len(v) > 0 {
+			if err := at.UnmarshalBinary(v); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			*at = at.UTC()
+		}
+	}
+	return nil
+}

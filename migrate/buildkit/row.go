@@ -1,0 +1,186 @@
+package buildkit
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Row is a record of BuildKit's.
+type Row struct {
+	ID string
+
+	Created, LastUsed time.Time // zero: never
+	UsageCount        uint64
+	Retain            bool
+	Description       string
+	RecordType        string
+	Size              int64 // -1: unknown
+
+	// Committed is set for immutable rows; those up to v0.6 do not say it.
+	Committed bool
+	Deleted   bool
+	// EqualMutable is the row that owns the snapshot of a pair.
+	EqualMutable string
+	Parent       string
+	MergeParents []string
+	// DiffLower and DiffUpper are the inputs of a diff; upper may be absent.
+	DiffLower, DiffUpper string
+	// Snapshot is the name of the snapshot, in BuildKit's namespace.
+	Snapshot string
+
+	BlobOnly  bool
+	Blob      digest.Digest
+	BlobSize  int64
+	DiffID    digest.Digest
+	MediaType string
+	ChainID   digest.Digest
+	URLs      []string
+	ImageRefs []string
+
+	// Values are all others, also unknown ones, sorted by name.
+	Values []Value
+
+	// Damaged is why the row cannot be trusted, nil if it can.
+	Damaged error
+}
+
+// Value is one that BuildKit does not need to tell what the record is, or one
+// that another version knows.
+type Value struct {
+	Name  string
+	JSON  []byte
+	Index string
+}
+
+// IsMerge and IsDiff say how the row came to be.
+func (r *Row) IsMerge() bool { return len(r.MergeParents) > 0 }
+
+// IsDiff says that the row is the difference of two others.
+func (r *Row) IsDiff() bool { return r.DiffLower != "" || r.DiffUpper != "" }
+
+// SnapshotName is the name of the row's own snapshot.
+func (r *Row) SnapshotName() string {
+	if r.Snapshot != "" {
+		return r.Snapshot
+	}
+	return r.ID
+}
+
+// Index returns the index key under which a value of the row is found.
+func (r *Row) Index(name string) string {
+	for _, v := range r.Values {
+		if v.Name == name {
+			return v.Index
+		}
+	}
+	return ""
+}
+
+// item is how a value is stored.
+type item struct {
+	Value json.RawMessage `json:"value,omitempty"`
+	Index string          `json:"index,omitempty"`
+}
+
+// fields are the keys that have a meaning here, with what they are read into.
+func (r *Row) fields() map[string]func(json.RawMessage) error {
+	into := func(p any) func(json.RawMessage) error {
+		return func(raw json.RawMessage) error { return json.Unmarshal(raw, p) }
+	}
+	policy := func(raw json.RawMessage) error {
+		var n int
+		err := json.Unmarshal(raw, &n)
+		r.Retain = n == 1
+		return err
+	}
+	at := func(t *time.Time) func(json.RawMessage) error {
+		return func(raw json.RawMessage) error {
+			var ns int64
+			err := json.Unmarshal(raw, &ns)
+			if ns != 0 {
+				*t = time.Unix(0, ns).UTC()
+			}
+			return err
+		}
+	}
+	return map[string]func(json.RawMessage) error{
+		"cache.createdAt":       at(&r.Created),
+		"cache.lastUsedAt":      at(&r.LastUsed),
+		"cache.usageCount":      into(&r.UsageCount),
+		"cache.cachePolicy":     policy,
+		"cache.description":     into(&r.Description),
+		"cache.recordType":      into(&r.RecordType),
+		"snapshot.size":         into(&r.Size),
+		"snapshot.committed":    into(&r.Committed),
+		"cache.deleted":         into(&r.Deleted),
+		"cache.equalMutable":    into(&r.EqualMutable),
+		"cache.parent":          into(&r.Parent),
+		"cache.mergeParents":    into(&r.MergeParents),
+		"cache.lowerDiffParent": into(&r.DiffLower),
+		"cache.upperDiffParent": into(&r.DiffUpper),
+		"cache.snapshot":        into(&r.Snapshot),
+		"cache.blobonly":        into(&r.BlobOnly),
+		"cache.blob":            into(&r.Blob),
+		"cache.blobsize":        into(&r.BlobSize),
+		"cache.diffID":          into(&r.DiffID),
+		"cache.mediatype":       into(&r.MediaType),
+		"cache.chainID":         into(&r.ChainID),
+		"cache.layer.urls":      into(&r.URLs),
+		"cache.imageRefs":       into(&r.ImageRefs),
+	}
+}
+
+// indexed are keys whose index a record has by itself, so that the value need
+// not be carried: a chain id is one of its fields.
+func indexed(name string) bool { return name == "cache.chainID" }
+
+// parseRow reads the values of a row. A value that cannot be read spoils the
+// row: what it was is not known.
+func parseRow(id string, values map[string][]byte) *Row {
+	r := &Row{ID: id, Size: -1}
+	fields := r.fields()
+	for name, raw := range values {
+		if len(bytes.TrimSpace(raw)) == 0 {
+			continue // cleared
+		}
+		var it item
+		if err := json.Unmarshal(raw, &it); err != nil {
+			r.Damaged = fmt.Errorf("value %q cannot be read: %w", name, err)
+			continue
+		}
+		set, known := fields[name]
+		if known && len(it.Value) > 0 {
+			if err := set(it.Value); err != nil {
+				r.Damaged = fmt.Errorf("value %q cannot be read: %w", name, err)
+			}
+		}
+		if known && (it.Index == "" || indexed(name)) {
+			continue
+		}
+		r.Values = append(r.Values, Value{Name: name, JSON: it.Value, Index: it.Index})
+	}
+	slices.SortFunc(r.Values, func(a, b Value) int { return strings.Compare(a.Name, b.Name) })
+	r.check()
+	return r
+}
+
+// check looks for values that no daemon writes.
+func (r *Row) check() {
+	for _, d := range []struct {
+		what string
+		d    digest.Digest
+	}{{"blob", r.Blob}, {"diff id", r.DiffID}, {"chain id", r.ChainID}} {
+		if d.d != "" && d.d.Validate() != nil && r.Damaged == nil {
+			r.Damaged = fmt.Errorf("%s %q is no digest", d.what, printable(string(d.d)))
+		}
+	}
+	if r.Size < -1 {
+		r.Size = -1
+	}
+}

@@ -1,0 +1,426 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// Names of the databases, below the worker's directory.
+const (
+	recordsV2 = "metadata_v2.db"
+	recordsV1 = "metadata.db"
+	names     = "containerdmeta.db"
+	driverDB  = "snapshots/metadata.db"
+)
+
+// Snapshotters whose directories can be taken over.
+const (
+	Overlayfs = "overlayfs"
+	Native    = "native"
+)
+
+// State is what a worker's directory holds. It keeps the databases open and
+// locked until Close; what it told before stays true as long.
+type State struct {
+	// Dir is the worker's directory, Worker its name.
+	Dir, Worker string
+	// Snapshotter is Overlayfs or Native.
+	Snapshotter string
+	// Version is 2, or 1 for the layout up to v0.6.
+	Version int
+	// Files are the databases as they are.
+	Files []FileMark
+
+	// Rows are the records by id.
+	Rows map[string]*Row
+	// Leases are those of the worker's namespace by id.
+	Leases map[string]*Lease
+	// Snapshots are those that have a name, by it.
+	Snapshots map[string]*Snapshot
+	// Unnamed are snapshots that only the snapshotter knows.
+	Unnamed []*Snapshot
+	// Blobs are those that a row or the worker's namespace speaks of.
+	Blobs map[digest.Digest]*Blob
+	// StrayDirs are data directories that no snapshot owns.
+	StrayDirs []string
+	// Warnings are what could not be read, for people.
+	Warnings []string
+
+	external *metadata.ForeignBucket
+	open     []*database
+}
+
+// Lease keeps what it holds from being collected.
+type Lease struct {
+	ID        string
+	Temporary bool
+	Snapshots map[string]bool
+	Blobs     map[digest.Digest]bool
+}
+
+// Snapshot is one of the snapshotter's.
+type Snapshot struct {
+	// Name is the one that records use, empty for an unnamed one.
+	Name string
+	// Key is the snapshotter's own name for it, Parent that of its parent.
+	Key, Parent string
+	// Dir is the name of its data directory.
+	Dir  string
+	Kind Kind
+	// Size and Inodes are known of committed ones.
+	Size, Inodes     int64
+	Created, Updated time.Time
+	Labels           map[string]string
+	// Present says that the data directory is there.
+	Present bool
+	// Follows says that the data can be seen only with overlayfs options that
+	// trust redirects or files without data. Whoever has looked sets it.
+	Follows bool
+}
+
+// Remote says that the data is not in the directory but somewhere else.
+func (s *Snapshot) Remote() bool {
+	_, ok := s.Labels["containerd.io/snapshot/remote"]
+	return ok
+}
+
+// Kind of a snapshot, as the snapshotter stores it.
+type Kind uint8
+
+// The kinds.
+const (
+	View Kind = iota + 1
+	Active
+	Committed
+)
+
+func (k Kind) String() string {
+	switch k {
+	case View:
+		return "view"
+	case Active:
+		return "active"
+	case Committed:
+		return "committed"
+	}
+	return fmt.Sprintf("of kind %d", uint8(k))
+}
+
+// Blob is one of the content store's.
+type Blob struct {
+	Digest digest.Digest
+	// Size is the length of the file in bytes; Present says that there is one.
+	Size    int64
+	Present bool
+	Labels  map[string]string
+}
+
+// HasRecords says whether dir is a worker's directory.
+func HasRecords(dir string) bool {
+	for _, name := range []string{recordsV2, recordsV1} {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// Open reads the state of a worker, and locks it until Close.
+//
+// Errors: ErrNotBuildKit; ErrNewer; ErrUnsupported; ErrIncomplete;
+// *LockedError; errdefs.ErrPermissionDenied; metadata.ErrDamaged if so much of
+// a file cannot be read that the rest says nothing.
+func Open(ctx context.Context, dir string) (_ *State, err error) {
+	s := &State{
+		Dir: dir, Worker: filepath.Base(dir),
+		Rows: map[string]*Row{}, Leases: map[string]*Lease{}, Snapshots: map[string]*Snapshot{},
+		Blobs: map[digest.Digest]*Blob{},
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	records, err := s.choose()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range []string{records, names, driverDB} {
+		db, err := openDatabase(dir, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("%s is missing, without which the records name nothing: restore it from a backup, or move the worker's directory away: %w",
+				filepath.Join(dir, name), ErrIncomplete)
+		}
+		if err != nil {
+			return nil, err
+		}
+		s.open = append(s.open, db)
+		s.Files = append(s.Files, db.mark)
+		if db.rows.Stale() {
+			s.warn("%s: one of its meta pages cannot be read; its last transaction may be lost", name)
+		}
+	}
+	for i, read := range []func(*database) error{s.readRecords, s.readNames, s.readDriver} {
+		if err := ctx.Err(); err != nil {
+			return nil, context.Cause(ctx)
+		}
+		if err := read(s.open[i]); err != nil {
+			return nil, fmt.Errorf("%s: %w", filepath.Join(dir, s.Files[i].Name), err)
+		}
+	}
+	if err := s.readData(); err != nil {
+		return nil, err
+	}
+	if s.Version == 1 {
+		s.upgradeV1()
+	}
+	return s, s.readBlobs()
+}
+
+// Close frees the databases.
+func (s *State) Close() error {
+	var errs []error
+	for _, db := range s.open {
+		errs = append(errs, db.close())
+	}
+	s.open = nil
+	return errors.Join(errs...)
+}
+
+func (s *State) warn(format string, args ...any) {
+	s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...))
+}
+
+// choose finds out which database has the records, and what snapshotter.
+func (s *State) choose() (records string, err error) {
+	files, err := os.ReadDir(s.Dir)
+	if err != nil {
+		return "", classify(err)
+	}
+	for _, f := range files {
+		switch name := f.Name(); {
+		case name == recordsV2:
+			records, s.Version = recordsV2, 2
+		case name == recordsV1 && records == "":
+			records, s.Version = recordsV1, 1
+		case newerRecords(name):
+			return "", fmt.Errorf("%s: %w", filepath.Join(s.Dir, name), ErrNewer)
+		}
+	}
+	if records == "" {
+		return "", fmt.Errorf("%s has no %s: %w", s.Dir, recordsV2, ErrNotBuildKit)
+	}
+	if strings.HasPrefix(s.Worker, "containerd-") {
+		return "", fmt.Errorf("worker %s keeps its snapshots and blobs in containerd's own directory: %w", s.Worker, ErrUnsupported)
+	}
+	return records, nil
+}
+
+// newerRecords recognises databases of records that are to come.
+func newerRecords(name string) bool {
+	v, ok := strings.CutPrefix(name, "metadata_v")
+	v, isDB := strings.CutSuffix(v, ".db")
+	return ok && isDB && v != "2" && v != "" && strings.Trim(v, "0123456789") == ""
+}
+
+// buckets reads the top level, on which everything hangs: no damage is
+// tolerated here, and no bucket that is not known.
+func buckets(db *database, known ...string) (map[string]metadata.ForeignBucket, error) {
+	found := map[string]metadata.ForeignBucket{}
+	for row, err := range db.rows.Root().Rows() {
+		if err != nil {
+			return nil, fmt.Errorf("%w; restore it from a backup, or move the worker's directory away to begin with an empty cache", err)
+		}
+		if !slices.Contains(known, string(row.Key)) || row.Bucket == nil {
+			return nil, fmt.Errorf("bucket %q: %w", printable(string(row.Key)), ErrNewer)
+		}
+		found[string(row.Key)] = *row.Bucket
+	}
+	return found, nil
+}
+
+// readRecords reads all rows. What cannot be read costs what is in it.
+func (s *State) readRecords(db *database) error {
+	top, err := buckets(db, "_main", "_index", "_external")
+	if err != nil {
+		return err
+	}
+	if b, ok := top["_external"]; ok {
+		s.external = &b
+	}
+	main, ok := top["_main"]
+	if !ok {
+		return nil // a daemon that never made a record
+	}
+	var lost error
+	for row, err := range main.Rows() {
+		id := string(row.Key)
+		switch {
+		case id == "" && err != nil:
+			lost = err
+			s.warn("%s: %v; the records in it are lost", db.mark.Name, err)
+		case err != nil:
+			s.Rows[id] = &Row{ID: id, Damaged: err}
+		case row.Bucket == nil:
+			s.Rows[id] = &Row{ID: id, Damaged: errors.New("it is no bucket")}
+		default:
+			s.Rows[id] = readRow(id, *row.Bucket)
+		}
+	}
+	if lost != nil && len(s.Rows) == 0 {
+		return fmt.Errorf("no record can be read: %w", lost)
+	}
+	return nil
+}
+
+func readRow(id string, b metadata.ForeignBucket) *Row {
+	values := map[string][]byte{}
+	var damaged error
+	for row, err := range b.Rows() {
+		if err != nil {
+			damaged = err
+		} else if row.Bucket == nil {
+			values[string(row.Key)] = row.Value
+		}
+	}
+	r := parseRow(id, values)
+	if damaged != nil {
+		r.Damaged = damaged
+	}
+	return r
+}
+
+// External returns what is stored beside the row of an id, by name. It reads
+// the file. Values that cannot be read are left out, and are an error.
+func (s *State) External(id string) (map[string][]byte, error) {
+	if s.external == nil {
+		return nil, nil
+	}
+	row, ok, err := s.external.Get(id)
+	if err != nil || !ok || row.Bucket == nil {
+		return nil, err
+	}
+	values := map[string][]byte{}
+	var damaged error
+	for row, err := range row.Bucket.Rows() {
+		if err != nil {
+			damaged = err
+		} else if row.Bucket == nil {
+			values[string(row.Key)] = row.Value
+		}
+	}
+	return values, damaged
+}
+
+// BlobPath is the file of a blob.
+func (s *State) BlobPath(d digest.Digest) string {
+	return filepath.Join(s.Dir, "content", "blobs", d.Algorithm().String(), d.Encoded())
+}
+
+// readBlobs looks which blobs have their file.
+func (s *State) readBlobs() error {
+	for _, r := range s.Rows {
+		if r.Blob != "" && r.Damaged == nil && s.Blobs[r.Blob] == nil {
+			s.Blobs[r.Blob] = &Blob{Digest: r.Blob}
+		}
+	}
+	for d, b := range s.Blobs {
+		info, err := os.Lstat(s.BlobPath(d))
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return classify(err)
+		case info.Mode().IsRegular() && (b.Size == 0 || b.Size == info.Size()):
+			b.Size, b.Present = info.Size(), true
+		}
+	}
+	return nil
+}
+
+// DataDir is the directory of a snapshot's data.
+func (s *State) DataDir(dir string) string {
+	return filepath.Join(s.Dir, "snapshots", "snapshots", dir)
+}
+
+// readData looks which snapshots have their data.
+func (s *State) readData() error {
+	dirs, err := os.ReadDir(filepath.Join(s.Dir, "snapshots", "snapshots"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return classify(err)
+	}
+	there := map[string]bool{}
+	for _, d := range dirs {
+		there[d.Name()] = d.IsDir()
+	}
+	owned := map[string]*Snapshot{}
+	for _, list := range [][]*Snapshot{s.Unnamed, s.named()} {
+		for _, snap := range list {
+			if other := owned[snap.Dir]; other != nil {
+				return fmt.Errorf("snapshots %q and %q both own directory %s: %w", printable(other.Key), printable(snap.Key), snap.Dir, ErrIncomplete)
+			}
+			owned[snap.Dir] = snap
+			if snap.Present, err = s.hasData(snap, there[snap.Dir]); err != nil {
+				return err
+			}
+		}
+	}
+	for name, isDir := range there {
+		if owned[name] == nil && isDir {
+			s.StrayDirs = append(s.StrayDirs, name)
+		}
+	}
+	slices.Sort(s.StrayDirs)
+	return nil
+}
+
+// named are the snapshots with a name, in the order of these.
+func (s *State) named() []*Snapshot {
+	list := make([]*Snapshot, 0, len(s.Snapshots))
+	for _, snap := range s.Snapshots {
+		list = append(list, snap)
+	}
+	slices.SortFunc(list, func(a, b *Snapshot) int { return strings.Compare(a.Name, b.Name) })
+	return list
+}
+
+// hasData says whether the directory is as the snapshotter makes it.
+func (s *State) hasData(snap *Snapshot, there bool) (bool, error) {
+	if !there || s.Snapshotter == Native {
+		return there, nil
+	}
+	elems := []string{"fs"}
+	if snap.Kind == Active {
+		elems = append(elems, "work")
+	}
+	for _, elem := range elems {
+		info, err := os.Lstat(filepath.Join(s.DataDir(snap.Dir), elem))
+		if errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+		if err != nil {
+			return false, classify(err)
+		}
+		if !info.IsDir() {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// Unsupported says whether an error means that this worker's state is not for
+// us, rather than that something is wrong with it.
+func Unsupported(err error) bool {
+	return errors.Is(err, ErrUnsupported) && errors.Is(err, errdefs.ErrNotImplemented)
+}

@@ -1,0 +1,277 @@
+package migrate
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/migrate/buildkit"
+)
+
+// connect gives the records their parents, by the ids that survive, and drops
+// those whose ancestors do not come along.
+func (b *planner) connect() {
+	done := map[string]bool{}
+	for _, id := range b.ids() {
+		b.connectFrom(id, done)
+	}
+}
+
+// connectFrom visits a row after all that it lies on. It keeps its own stack:
+// chains are as long as users make them.
+func (b *planner) connectFrom(id string, done map[string]bool) {
+	type visit struct {
+		id   string
+		deps []string
+	}
+	below := func(id string) []string {
+		if it := b.fate[id].item; it != nil {
+			return b.dependencies(it)
+		}
+		return nil
+	}
+	if done[id] {
+		return
+	}
+	open := map[string]bool{id: true}
+	stack := []visit{{id, below(id)}}
+	for len(stack) > 0 {
+		top := &stack[len(stack)-1]
+		if len(top.deps) == 0 {
+			b.settle(top.id)
+			done[top.id] = true
+			delete(open, top.id)
+			stack = stack[:len(stack)-1]
+			continue
+		}
+		dep := top.deps[0]
+		top.deps = top.deps[1:]
+		switch {
+		case open[dep]:
+			if b.fate[top.id].item != nil {
+				b.drop(top.id, "it is its own ancestor")
+			}
+		case !done[dep]:
+			open[dep] = true
+			stack = append(stack, visit{dep, below(dep)})
+		}
+	}
+}
+
+// dependencies are the rows that a record needs: its parents, and the owner of
+// the snapshot below its own.
+func (b *planner) dependencies(it *item) []string {
+	var deps []string
+	add := func(id string) {
+		if b.fate[id] != nil && !slices.Contains(deps, id) {
+			deps = append(deps, id)
+		}
+	}
+	for _, p := range it.rec.Parents {
+		add(b.survivor(string(p)))
+	}
+	if base := b.baseOf(it); base != nil {
+		add(string(base.rec.ID))
+	}
+	return deps
+}
+
+// survivor is the id under which a row comes along.
+func (b *planner) survivor(id string) string {
+	if f := b.fate[id]; f != nil && f.action == Alias {
+		return f.into
+	}
+	return id
+}
+
+// baseOf is the owner of the snapshot that the item's lies on, nil for none.
+func (b *planner) baseOf(it *item) *item {
+	if it.snap == nil || it.snap.Parent == "" {
+		return nil
+	}
+	snap := b.byKey[it.snap.Parent]
+	if snap == nil {
+		return nil
+	}
+	return b.ofSnapshot[snap.Name]
+}
+
+// settle decides over a row whose ancestors are decided.
+func (b *planner) settle(id string) {
+	it := b.fate[id].item
+	if it == nil {
+		return
+	}
+	for i, p := range it.rec.Parents {
+		parent := b.fate[b.survivor(string(p))]
+		switch {
+		case parent == nil:
+			b.drop(id, "its parent %s has no row", p)
+			return
+		case parent.item == nil && parent.action == Fold:
+			b.drop(id, "its parent %s is the mutable of a pair", p)
+			return
+		case parent.item == nil:
+			b.drop(id, "its parent %s does not come along: %s", p, parent.reason)
+			return
+		case parent.item.rec.State == metadata.Mutable:
+			b.drop(id, "its parent %s is mutable", p)
+			return
+		}
+		it.rec.Parents[i] = parent.item.rec.ID
+	}
+	if why := b.checkBase(it); why != "" {
+		b.lost(id, it, why)
+		if it = b.fate[id].item; it == nil {
+			return
+		}
+	}
+	b.order = append(b.order, it)
+}
+
+// checkBase looks whether the snapshot lies on that of the parent.
+func (b *planner) checkBase(it *item) string {
+	if it.snap == nil {
+		return ""
+	}
+	base := b.baseOf(it)
+	switch {
+	case it.snap.Parent != "" && base == nil:
+		return "its snapshot lies on one that no record has"
+	case base != nil && base.rec.State != metadata.Finalized:
+		return "its snapshot lies on one that is not finalized"
+	case base != nil && b.fate[string(base.rec.ID)].item != base:
+		return "its snapshot lies on that of " + string(base.rec.ID) + ", which does not come along"
+	}
+	it.base = base
+	if it.rec.Op == metadata.Merge || it.rec.Op == metadata.Diff {
+		return "" // they stack on what they like
+	}
+	var parent metadata.ID
+	if len(it.rec.Parents) > 0 {
+		parent = it.rec.Parents[0]
+	}
+	if base == nil && parent != "" || base != nil && base.rec.ID != parent {
+		return "its snapshot does not lie on that of its parent"
+	}
+	return ""
+}
+
+// lost gives up the snapshot of a record: with its blob at hand, or as a merge
+// or diff, it is lazy; else it goes.
+func (b *planner) lost(id string, it *item, why string) {
+	delete(b.ofSnapshot, it.snap.Name)
+	blob := b.s.Blobs[b.row(it).Blob]
+	again := it.rec.Op == metadata.Merge || it.rec.Op == metadata.Diff || blob != nil && blob.Present
+	if it.rec.State != metadata.Finalized || !again {
+		b.drop(id, "%s", why)
+		return
+	}
+	it.snap, it.base = nil, nil
+	it.rec.State, it.rec.Key = metadata.Lazy, ""
+	it.rec.Durable, it.rec.Raw, it.rec.Verified = false, false, false
+	b.keep(id, Keep, it, why+": lazy again")
+}
+
+// dropUnneeded drops what the old daemon was about to remove: no lease keeps
+// it, nothing retains it, and nobody lies on it.
+func (b *planner) dropUnneeded() {
+	needed := map[*item]bool{}
+	for _, it := range slices.Backward(b.order) {
+		id := string(it.rec.ID)
+		if !needed[it] && !it.rec.Retain && !b.leased(it) {
+			b.drop(id, "no lease holds it and nothing retains it: its removal was cut off")
+			continue
+		}
+		for _, dep := range b.dependencies(it) {
+			needed[b.fate[dep].item] = true
+		}
+	}
+	b.order = slices.DeleteFunc(b.order, func(it *item) bool { return b.fate[string(it.rec.ID)].item != it })
+}
+
+// leased says whether a lease keeps what the record needs.
+func (b *planner) leased(it *item) bool {
+	if it.snap != nil {
+		return b.held[it.snap.Name]
+	}
+	for _, id := range it.sources {
+		if l := b.s.Leases[id]; l != nil && !l.Temporary {
+			return true
+		}
+	}
+	return false
+}
+
+// finish writes down what was decided.
+func (b *planner) finish(p *Plan) {
+	p.items = b.order
+	for _, it := range p.items {
+		addVariants(it.rec, b.s.Blobs)
+	}
+	for _, id := range b.ids() {
+		f := b.fate[id]
+		st := Step{Action: f.action, ID: id, Into: f.into, Reason: f.reason, Bytes: -1}
+		switch {
+		case f.item != nil:
+			st.State, st.Op, st.Bytes = f.item.rec.State.String(), f.item.rec.Op.String(), f.item.rec.Size
+			st.Into = f.item.folded
+		case f.action == Fold:
+			continue // told with the immutable
+		}
+		p.Steps = append(p.Steps, st)
+	}
+	b.leftovers(p)
+}
+
+// leftovers are the snapshots that no record of the new store has. What no row
+// of the old daemon names goes; what one names that it might still show stays
+// for its sake.
+func (b *planner) leftovers(p *Plan) {
+	named := map[string]string{}
+	for id, r := range b.s.Rows {
+		if !r.Deleted {
+			named[r.SnapshotName()] = id
+			named[id] = id
+		}
+	}
+	var rest []*buildkit.Snapshot
+	for _, snap := range b.s.Snapshots {
+		if b.ofSnapshot[snap.Name] == nil || b.fate[string(b.ofSnapshot[snap.Name].rec.ID)].item == nil {
+			rest = append(rest, snap)
+		}
+	}
+	rest = append(rest, b.s.Unnamed...)
+	slices.SortFunc(rest, func(x, y *buildkit.Snapshot) int { return strings.Compare(x.Key, y.Key) })
+	// Below what stays for the old daemon everything stays.
+	stays := map[string]bool{}
+	for _, snap := range rest {
+		if snap.Name == "" || named[snap.Name] == "" {
+			continue
+		}
+		for s := snap; s != nil && !stays[s.Key]; s = b.byKey[s.Parent] {
+			stays[s.Key] = true
+		}
+	}
+	for _, snap := range rest {
+		if !snap.Present {
+			continue
+		}
+		st := Step{Action: Free, ID: snap.Key, Reason: "garbage: no record names it", Bytes: -1, dir: snap.Dir}
+		if snap.Kind == buildkit.View {
+			st.Reason = "leftover of a mount"
+		}
+		if stays[snap.Key] {
+			st.Action, st.Reason = Leave, "the old daemon may still need it"
+		} else {
+			p.discard = append(p.discard, snap.Dir)
+		}
+		p.Steps = append(p.Steps, st)
+	}
+	for _, dir := range b.s.StrayDirs {
+		p.Steps = append(p.Steps, Step{
+			Action: Free, ID: "snapshots/snapshots/" + dir, Reason: "leftover directory of the snapshotter", Bytes: -1, dir: dir,
+		})
+		p.discard = append(p.discard, dir)
+	}
+}

@@ -1,0 +1,303 @@
+package migrate
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/migrate/buildkit"
+)
+
+// planner works out a plan.
+type planner struct {
+	s     *buildkit.State
+	fate  map[string]*fate
+	byKey map[string]*buildkit.Snapshot
+	// ofSnapshot are the records that come along by the name of the snapshot
+	// that they adopt.
+	ofSnapshot map[string]*item
+	// order has each record behind those that it lies on.
+	order []*item
+	// held are the names of snapshots that a lease keeps.
+	held map[string]bool
+}
+
+// fate is what becomes of one row.
+type fate struct {
+	row    *buildkit.Row
+	action Action
+	reason string
+	into   string
+	item   *item
+}
+
+func (b *planner) ids() []string { return slices.Sorted(maps.Keys(b.s.Rows)) }
+
+func (b *planner) drop(id, format string, args ...any) {
+	f := b.fate[id]
+	f.action, f.item, f.into, f.reason = Drop, nil, "", fmt.Sprintf(format, args...)
+}
+
+// judgeRows decides for each row by itself, and for pairs.
+func (b *planner) judgeRows() {
+	b.held = map[string]bool{}
+	for _, l := range b.s.Leases {
+		if l.Temporary {
+			continue
+		}
+		for name := range l.Snapshots {
+			b.held[name] = true
+		}
+	}
+	owners := b.owners()
+	for id, r := range b.s.Rows {
+		b.fate[id] = &fate{row: r}
+	}
+	// Pairs first: they decide over their mutable rows.
+	for _, id := range b.ids() {
+		r := b.s.Rows[id]
+		switch {
+		case r.Damaged != nil:
+			b.drop(id, "its row is damaged: %v", r.Damaged)
+		case r.Deleted:
+			b.drop(id, "marked deleted by a prune that was cut off")
+		case r.EqualMutable != "":
+			b.judgePair(r, owners[r.EqualMutable])
+		case r.Committed || r.IsMerge() || r.IsDiff():
+			b.judgeImmutable(r)
+		}
+	}
+	for _, id := range b.ids() {
+		if b.fate[id].action == "" {
+			b.judgeMutable(b.s.Rows[id])
+		}
+	}
+}
+
+// owners maps each mutable row to the immutable one that it makes a pair with:
+// the newest, should there be several.
+func (b *planner) owners() map[string]*buildkit.Row {
+	owners := map[string]*buildkit.Row{}
+	for _, id := range b.ids() {
+		r := b.s.Rows[id]
+		if r.EqualMutable == "" || r.Deleted || r.Damaged != nil {
+			continue
+		}
+		if other := owners[r.EqualMutable]; other == nil || r.Created.After(other.Created) {
+			owners[r.EqualMutable] = r
+		}
+	}
+	return owners
+}
+
+// snapshot is a snapshot by name, if its data is here and it is of the kind.
+func (b *planner) snapshot(name string, kind buildkit.Kind) *buildkit.Snapshot {
+	snap := b.s.Snapshots[name]
+	if snap == nil || snap.Kind != kind || !snap.Present || snap.Follows || snap.Remote() {
+		return nil
+	}
+	return snap
+}
+
+// lacks says why there is no usable snapshot of that kind.
+func (b *planner) lacks(name string, kind buildkit.Kind) string {
+	switch snap := b.s.Snapshots[name]; {
+	case snap == nil:
+		return "its snapshot is gone"
+	case snap.Remote():
+		return "its data is kept by a remote snapshotter, not here"
+	case !snap.Present:
+		return "the data of its snapshot is gone"
+	case snap.Follows:
+		return "its snapshot holds redirected directories or files without data, which only the old daemon's mounts can show"
+	default:
+		return fmt.Sprintf("its snapshot is %s, not %s", snap.Kind, kind)
+	}
+}
+
+func (b *planner) judgePair(r, owner *buildkit.Row) {
+	m := b.s.Rows[r.EqualMutable]
+	mutable := m != nil && !m.Deleted && m.Damaged == nil
+	if mutable {
+		if snap := b.snapshot(m.SnapshotName(), buildkit.Active); snap != nil {
+			if r != owner {
+				b.drop(r.ID, "a newer record, %s, has the same mutable", owner.ID)
+				return
+			}
+			it := &item{rec: pairRecord(r, m), snap: snap, sources: []string{r.ID, m.ID}, hashes: []string{m.ID, r.ID}, folded: m.ID}
+			it.rec.Key = m.ID + writable
+			b.keep(r.ID, Fold, it, "one record with its mutable "+m.ID+", whose snapshot it takes over")
+			*b.fate[m.ID] = fate{row: m, action: Fold, into: r.ID}
+			return
+		}
+	}
+	// The driver may be ahead of the rows.
+	if snap := b.snapshot(r.SnapshotName(), buildkit.Committed); snap != nil {
+		it := newItem(r, snap)
+		if mutable {
+			it.sources = append(it.sources, m.ID)
+			it.hashes = []string{m.ID, r.ID}
+			it.rec.Values = unionValues(it.rec.Values, valuesOf(m))
+			if b.fate[m.ID].action == "" {
+				b.drop(m.ID, "mutable of %s, which is finalized in the driver already", r.ID)
+			}
+		}
+		b.finalized(it, r)
+		b.keep(r.ID, Keep, it, "its finalize was cut off after the driver's part")
+		return
+	}
+	switch {
+	case m == nil:
+		b.drop(r.ID, "its mutable %s has no row, and it has no snapshot of its own", r.EqualMutable)
+	case m.Deleted:
+		b.drop(r.ID, "its mutable %s is marked deleted", m.ID)
+	case m.Damaged != nil:
+		b.drop(r.ID, "the row of its mutable %s is damaged", m.ID)
+	default:
+		b.drop(r.ID, "of its mutable %s: %s", m.ID, b.lacks(m.SnapshotName(), buildkit.Active))
+	}
+}
+
+func newItem(r *buildkit.Row, snap *buildkit.Snapshot) *item {
+	return &item{rec: newRecord(r), snap: snap, sources: []string{r.ID}, hashes: []string{r.ID}}
+}
+
+func (b *planner) keep(id string, action Action, it *item, reason string) {
+	f := b.fate[id]
+	f.action, f.item, f.reason = action, it, reason
+	it.reason = reason
+}
+
+// finalized completes a record whose snapshot the driver has committed.
+func (b *planner) finalized(it *item, r *buildkit.Row) {
+	it.rec.State = metadata.Finalized
+	it.rec.Key = r.ID
+	it.rec.Durable = true
+	it.rec.Raw = b.s.Snapshotter == buildkit.Overlayfs
+	// Up to v0.33 a layer that nobody had verified could get this name.
+	it.rec.Verified = verifiedName(r.SnapshotName())
+}
+
+func (b *planner) judgeImmutable(r *buildkit.Row) {
+	name := r.SnapshotName()
+	it := newItem(r, b.snapshot(name, buildkit.Committed))
+	if it.snap != nil {
+		reason := "as it is"
+		if r.BlobOnly {
+			reason = "extracted already"
+		}
+		b.finalized(it, r)
+		b.keep(r.ID, Keep, it, reason)
+		return
+	}
+	it.rec.State = metadata.Lazy
+	if r.IsMerge() || r.IsDiff() {
+		b.keep(r.ID, Keep, it, "lazy, as it is")
+		return
+	}
+	blob := b.s.Blobs[r.Blob]
+	switch {
+	case r.Blob != "" && blob != nil && blob.Present && r.BlobOnly:
+		b.keep(r.ID, Keep, it, "lazy, as it is")
+	case r.Blob != "" && blob != nil && blob.Present:
+		b.keep(r.ID, Keep, it, b.lacks(name, buildkit.Committed)+", but its blob is here: lazy again")
+	case r.BlobOnly:
+		b.drop(r.ID, "lazy layer whose blob is absent")
+	default:
+		b.drop(r.ID, "%s", b.lacks(name, buildkit.Committed))
+	}
+}
+
+func (b *planner) judgeMutable(r *buildkit.Row) {
+	snap := b.snapshot(r.SnapshotName(), buildkit.Active)
+	switch {
+	case snap == nil:
+		b.drop(r.ID, "mutable row: %s", b.lacks(r.SnapshotName(), buildkit.Active))
+	case !r.Retain:
+		b.drop(r.ID, "mutable that nothing retains: the daemon was stopped while it was in use")
+	default:
+		it := newItem(r, snap)
+		it.rec.State = metadata.Mutable
+		it.rec.Key = r.ID + writable
+		it.rec.OnPowerCut = metadata.Keep
+		b.keep(r.ID, Keep, it, "as it is")
+	}
+}
+
+// foldTwins makes one record of those that name one snapshot: one layer in
+// several compressions.
+func (b *planner) foldTwins() {
+	groups := map[string][]*item{}
+	for _, id := range b.ids() {
+		it := b.fate[id].item
+		if it == nil || it.rec.State != metadata.Finalized && it.rec.State != metadata.Lazy {
+			continue
+		}
+		if name := b.s.Rows[id].SnapshotName(); name != "" {
+			groups[name] = append(groups[name], it)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(groups)) {
+		group := groups[name]
+		slices.SortFunc(group, func(x, y *item) int {
+			rx, ry := b.row(x), b.row(y)
+			return cmp.Or(compareBool(rx.BlobOnly, ry.BlobOnly), rx.Created.Compare(ry.Created), cmp.Compare(rx.ID, ry.ID))
+		})
+		for _, twin := range group[1:] {
+			b.foldTwin(group[0], twin, name)
+		}
+	}
+	for _, id := range b.ids() {
+		f := b.fate[id]
+		if f.item == nil || f.item.snap == nil {
+			continue
+		}
+		if other := b.ofSnapshot[f.item.snap.Name]; other != nil {
+			b.drop(id, "its snapshot is that of %s", other.rec.ID)
+			continue
+		}
+		b.ofSnapshot[f.item.snap.Name] = f.item
+	}
+}
+
+func (b *planner) row(it *item) *buildkit.Row { return b.s.Rows[string(it.rec.ID)] }
+
+func compareBool(x, y bool) int {
+	switch {
+	case x == y:
+		return 0
+	case y:
+		return -1
+	}
+	return 1
+}
+
+func (b *planner) foldTwin(first, twin *item, name string) {
+	id := string(twin.rec.ID)
+	if first.rec.ChainID != twin.rec.ChainID || first.rec.Op != twin.rec.Op {
+		b.drop(id, "names the snapshot of %s, but is another layer", first.rec.ID)
+		return
+	}
+	into, from := first.rec, twin.rec
+	into.Aliases = append(into.Aliases, from.ID)
+	for _, blob := range from.Blobs {
+		if !slices.ContainsFunc(into.Blobs, func(have metadata.Blob) bool { return have.Digest == blob.Digest }) {
+			into.Blobs = append(into.Blobs, blob)
+		}
+	}
+	for _, ref := range from.ImageRefs {
+		if !slices.Contains(into.ImageRefs, ref) {
+			into.ImageRefs = append(into.ImageRefs, ref)
+		}
+	}
+	into.Values = joinValues(into.Values, from.Values, id)
+	into.Retain = into.Retain || from.Retain
+	mergeUsage(into, from)
+	first.sources = append(first.sources, twin.sources...)
+	first.hashes = append(first.hashes, twin.hashes...)
+	f := b.fate[id]
+	f.action, f.item, f.into = Alias, nil, string(into.ID)
+	f.reason = fmt.Sprintf("the same layer as %s, in another compression: snapshot %s", into.ID, name)
+}
