@@ -266,4 +266,3 @@ func checksums(t *testing.T, worker string) map[string]string {
 	require.NotEmpty(t, sums)
 	return sums
 }
-
