@@ -30,9 +30,6 @@ const (
 	batchBytes   = 8 << 20
 )
 
-// treePrefix begins the names of attachments that hold content hashes.
-const treePrefix = "contenthash/"
-
 // execution makes a plan true.
 type execution struct {
 	s    *buildkit.State
@@ -238,7 +235,7 @@ func (x *execution) attachments(it *item) (map[string][]byte, error) {
 		return out, nil //nolint:nilerr // a tree that says nothing is no tree
 	}
 	for name, data := range tree.Save().Put {
-		out[treePrefix+name] = data
+		out[cache.TreePrefix+name] = data
 	}
 	return out, nil
 }
