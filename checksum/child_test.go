@@ -184,8 +184,11 @@ func TestWriterOfNewRecords(t *testing.T) {
 // A commit that fails leaves the writer as it was.
 func TestWriterCommitFails(t *testing.T) {
 	w := newWorld(t, kinds[0])
-	mut, writer, err := w.sums.New(w.ctx, nil, cache.NewOptions{})
+	base := w.commit(nil, func(dir string) { manyFiles(w, dir, 30) })
+	w.sum(base, "/")
+	mut, writer, err := w.sums.New(w.ctx, base, cache.NewOptions{})
 	require.NoError(t, err)
+	w.release(base)
 	mnt, err := mut.Mount(w.ctx, cache.MountOptions{})
 	require.NoError(t, err)
 	write(t, mnt.Path(), "a", "1")
@@ -197,6 +200,7 @@ func TestWriterCommitFails(t *testing.T) {
 	require.NoError(t, mnt.Unmount())
 	ref, err := writer.Commit(w.ctx, cache.CommitOptions{})
 	require.NoError(t, err)
+	require.Empty(t, w.findings())
 	require.Equal(t, w.fresh(ref, "/"), w.sum(ref, "/"))
 	id := ref.ID()
 	w.release(ref)
