@@ -162,6 +162,7 @@ var commands = map[string]func(*testscript.TestScript, bool, []string){
 	"unchanged":   cmdUnchanged,
 	"seed":        cmdSeed,
 	"schema":      cmdSchema,
+	"legacy":      cmdLegacy,
 }
 
 // status CODE PROGRAM ARGS... runs a program that has to end with that code.

@@ -191,3 +191,22 @@ func (t *tree) disown(path string) error {
 	}
 	return os.RemoveAll(path) // links are not followed
 }
+
+// AdoptedDir is the data directory, below snapshots/snapshots, of an adopted
+// snapshot in a tree that need not be open. It is not found for a key that is
+// not there, is of the other kind, or has data of its own.
+func AdoptedDir(root, key string, kind snapshots.Kind) (string, error) {
+	t := &tree{dir: filepath.Join(root, "snapshots")}
+	e := entry{dirCommitted, encodeKey(key)}
+	if kind == snapshots.KindActive {
+		e.dir = dirActive
+	}
+	data, err := t.adopted(filepath.Join(t.at(e), "fs"))
+	if err != nil {
+		return "", fmt.Errorf("snapshot %q: %w", key, err)
+	}
+	if ok, err := exists(data); data == "" || err != nil || !ok {
+		return "", errors.Join(err, fmt.Errorf("snapshot %q is not adopted: %w", key, errdefs.ErrNotFound))
+	}
+	return filepath.Base(data), nil
+}

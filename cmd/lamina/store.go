@@ -75,6 +75,13 @@ func (a *app) open(ctx context.Context, how access) (*cache.Manager, error) {
 		}
 	}
 	m, err := cache.Open(ctx, o)
+	if errors.Is(err, cache.ErrLegacy) && how == making {
+		if err := a.takeOver(ctx, root); err != nil {
+			return nil, err
+		}
+		fresh = false
+		m, err = cache.Open(ctx, o)
+	}
 	if err != nil {
 		return nil, explainOpen(root, how, fresh, err)
 	}
@@ -121,10 +128,8 @@ func isMissing(root string) bool {
 // explainOpen turns the error of an open into one that says what to do.
 func explainOpen(root string, how access, missing bool, err error) error {
 	switch {
-	case errors.Is(err, cache.ErrLegacy) && how != making:
-		return &noStoreError{root: root, legacy: true}
 	case errors.Is(err, cache.ErrLegacy):
-		return hintf(err, "lamina migrate imports it")
+		return &noStoreError{root: root, legacy: true}
 	case missing && how != making:
 		if st, serr := os.Stat(root); serr == nil && !st.IsDir() {
 			return fmt.Errorf("root %s is a file, not a directory: %w", root, &noStoreError{root: root})

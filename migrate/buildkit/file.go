@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -49,6 +48,9 @@ func openDatabase(dir, name string) (_ *database, err error) {
 		return nil, err
 	}
 	rows, err := metadata.OpenForeign(f)
+	if errors.Is(err, metadata.ErrForeign) {
+		err = fmt.Errorf("it is no bbolt database: %w", ErrIncomplete)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w; restore it from a backup, or move the worker's directory away to begin with an empty cache", path, classify(err))
 	}
@@ -123,36 +125,4 @@ func commandOf(pid int) string {
 	}
 	line = bytes.TrimRight(line[:min(len(line), most)], "\x00")
 	return printable(string(bytes.ReplaceAll(line, []byte{0}, []byte{' '})))
-}
-
-// Changed says which of the databases is not what it was when it was marked,
-// and in what; empty if all are. One that was removed counts as unchanged: no
-// daemon goes on with the others alone.
-func Changed(dir string, marks []FileMark) (string, error) {
-	for _, m := range marks {
-		now, err := markOf(filepath.Join(dir, m.Name))
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
-			return "", err
-		case now.Transaction != m.Transaction:
-			return fmt.Sprintf("%s is at transaction %d, and was at %d", m.Name, now.Transaction, m.Transaction), nil
-		case now.Size != m.Size:
-			return fmt.Sprintf("%s has %d bytes, and had %d", m.Name, now.Size, m.Size), nil
-		}
-	}
-	return "", nil
-}
-
-func markOf(path string) (FileMark, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return FileMark{}, err
-	}
-	defer f.Close()
-	rows, err := metadata.OpenForeign(f)
-	if err != nil {
-		return FileMark{}, fmt.Errorf("%s: %w", path, err)
-	}
-	return FileMark{Size: rows.Size(), Transaction: rows.Transaction()}, nil
 }

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/lamina-build/lamina/metadata"
@@ -417,10 +416,4 @@ func (s *State) hasData(snap *Snapshot, there bool) (bool, error) {
 		}
 	}
 	return true, nil
-}
-
-// Unsupported says whether an error means that this worker's state is not for
-// us, rather than that something is wrong with it.
-func Unsupported(err error) bool {
-	return errors.Is(err, ErrUnsupported) && errors.Is(err, errdefs.ErrNotImplemented)
 }
