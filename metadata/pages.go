@@ -105,16 +105,19 @@ func (p *page) below(i int) uint64 { return binary.NativeEndian.Uint64(p.element
 // that they are in the range that the page above says. from is in the range,
 // to is not, nil is no bound.
 func (p *page) check(from, to []byte) error {
-	table := uint64(boltHeader + p.count*elementSize)
-	if table > uint64(len(p.b)) || (p.isBranch() && p.count == 0) {
+	end := uint64(boltHeader + p.count*elementSize)
+	if end > uint64(len(p.b)) || p.count == 0 && (p.isBranch() || p.hasTable()) {
 		return badPage(p.id, "it has %d elements", p.count)
 	}
 	var last []byte
 	for i := range p.count {
 		at, klen, vlen := p.bounds(i)
-		if end := at + klen + vlen; at < table || end > uint64(len(p.b)) {
-			return badPage(p.id, "element %d is from %d to %d", i, at, end)
+		// bbolt writes them one right behind the other, and the first behind
+		// the table: so a wrong number of elements shows, too.
+		if at != end || at+klen+vlen > uint64(len(p.b)) {
+			return badPage(p.id, "element %d is from %d to %d", i, at, at+klen+vlen)
 		}
+		end = at + klen + vlen
 		k := p.b[at : at+klen]
 		if i > 0 && bytes.Compare(k, last) <= 0 {
 			return badPage(p.id, "element %d is out of order", i)
@@ -126,6 +129,13 @@ func (p *page) check(from, to []byte) error {
 		return badPage(p.id, "its keys are not those that the page above it says")
 	}
 	return nil
+}
+
+// hasTable says whether elements follow the header, whatever that says: bbolt
+// fills what it does not use with zeros, and no element is all zeros.
+func (p *page) hasTable() bool {
+	table := p.b[boltHeader:min(boltHeader+elementSize, len(p.b))]
+	return len(bytes.Trim(table, "\x00")) > 0
 }
 
 // parse reads the header of a page that lies in b as a whole.
