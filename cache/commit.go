@@ -104,6 +104,7 @@ func (r *MutableRef) commit(ctx context.Context, o CommitOptions) (*ImmutableRef
 
 	m.syncer.committed()
 	m.sizer.add(e.id)
+	m.collector.poke()
 	m.lock()
 	defer m.unlock()
 	m.publishLocked(e, rec)

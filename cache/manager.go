@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/lamina-build/lamina/cache/policy"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 )
@@ -44,6 +45,9 @@ type Manager struct {
 	pool      *pool
 	syncer    *syncer
 	sizer     *sizer
+	collector *collector
+	// diskFigures stands in for statfs, if not nil.
+	diskFigures func() (policy.Disk, error)
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -94,12 +98,15 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 		return nil, err
 	}
 	m := &Manager{
-		root:      o.Root,
-		store:     store,
-		readOnly:  o.ReadOnly,
-		command:   o.Command,
-		bootID:    o.BootID,
-		log:       o.Logger,
+		root:     o.Root,
+		store:    store,
+		readOnly: o.ReadOnly,
+		command:  o.Command,
+		bootID:   o.BootID,
+		log:      o.Logger,
+
+		diskFigures: o.Disk,
+
 		now:       o.Now,
 		step:      o.Step,
 		unconfirm: o.Unconfirm,
@@ -115,7 +122,10 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 		return nil, errors.Join(err, store.Close())
 	}
 	m.startSyncer(o.SyncInterval)
-	m.startSizer(o.SyncInterval)
+	m.startSizer(o.SyncInterval, o.Collect != nil)
+	if err := m.startCollector(o.Collect); err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
 	return m, nil
 }
 
@@ -311,6 +321,7 @@ func (m *Manager) beginChange() (end func(), err error) {
 // mutables without a record are removed by the next Open. Closing twice is
 // harmless.
 func (m *Manager) Close() error {
+	m.collector.end()
 	m.sizer.end()
 	m.syncer.end()
 	m.lock()

@@ -129,6 +129,7 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 	m.written[rec.Key] = struct{}{}
 	h := m.handleLocked(e, HolderMutable)
 	h.noTouch = true // to be made is no use
+	m.collector.poke()
 	return &MutableRef{h: h}, nil
 }
 

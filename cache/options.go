@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/lamina-build/lamina/cache/policy"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 )
@@ -72,6 +73,11 @@ type Options struct {
 	// go the sizes of records: they are measured in the background soon after
 	// each commit, or only when somebody asks.
 	SyncInterval time.Duration
+	// Collect, if not nil, prunes in the background.
+	Collect *CollectOptions
+	// Disk gives the figures that policies go by; nil asks the file system.
+	Disk func() (policy.Disk, error)
+
 	// PrivateMounts says that the process is in a mount namespace that dies
 	// with it: its mounts need no cleaning after a kill.
 	PrivateMounts bool

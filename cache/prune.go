@@ -27,11 +27,10 @@ func (m *Manager) Plan(ctx context.Context, policies ...policy.Policy) (*policy.
 	if len(policies) == 0 {
 		policies = policy.Defaults()
 	}
-	total, free, err := m.fileSystem()
+	disk, err := m.disk()
 	if err != nil {
 		return nil, err
 	}
-	disk := policy.Disk{Total: total, Free: free}
 	if err := policy.Validate(policies, disk); err != nil {
 		return nil, err
 	}
@@ -226,15 +225,19 @@ func (m *Manager) Prune(ctx context.Context, policies ...policy.Policy) (Pruned,
 	}
 	p := Pruned{Kept: len(plan.Kept())}
 	for r, err := range m.Execute(ctx, plan) {
-		switch {
-		case err != nil:
+		if err != nil {
 			return p, err
-		case r.Err != nil:
-			p.Failed = append(p.Failed, r)
-		default:
-			p.Removed++
-			p.Freed += r.Freed
 		}
+		p.add(r)
 	}
 	return p, nil
+}
+
+func (p *Pruned) add(r Removed) {
+	if r.Err != nil {
+		p.Failed = append(p.Failed, r)
+		return
+	}
+	p.Removed++
+	p.Freed += r.Freed
 }

@@ -43,9 +43,9 @@ type sizer struct {
 }
 
 // startSizer begins to measure in the background, unless that is left to
-// callers.
-func (m *Manager) startSizer(interval time.Duration) {
-	if m.readOnly || interval < 0 {
+// callers. A collector needs sizes in any case.
+func (m *Manager) startSizer(interval time.Duration, collects bool) {
+	if m.readOnly || interval < 0 && !collects {
 		return
 	}
 	ctx, stop := context.WithCancel(context.Background())
@@ -230,6 +230,9 @@ func (m *Manager) writeSizes(ctx context.Context, recs []*Record, sizes []int64)
 		}
 		n += len(marked)
 		m.publishMarks(marked, func(rec, marked *Record) { rec.Size = marked.Size })
+	}
+	if n > 0 {
+		m.collector.poke()
 	}
 	return n, nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/lamina-build/lamina/cache/policy"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 )
@@ -48,6 +49,14 @@ type Usage struct {
 	FSFree  int64
 	// Entries has each record, sorted by id.
 	Entries []UsageEntry
+	// unrecorded are the snapshots that no record names yet.
+	unrecorded []unrecorded
+}
+
+// unrecorded is a snapshot that no record names yet.
+type unrecorded struct {
+	labels map[string]string // of the mutable in memory, if it is this process's
+	size   int64
 }
 
 // UsageEntry is one record's part of Usage.
@@ -59,6 +68,50 @@ type UsageEntry struct {
 	InUse bool
 	// Held says who holds the record itself, empty if nobody does.
 	Held string
+}
+
+// LabelCount is the records of one value of a label.
+type LabelCount struct {
+	Value string
+	// Set is false for the records without the label.
+	Set bool
+	Count
+}
+
+// ByLabel sums up the records by their value of a label, sorted by value; those
+// without it are a group of their own, the last. The sum of all is Snapshots
+// and Records: what has no record yet counts where its labels say.
+func (u *Usage) ByLabel(label string) []LabelCount {
+	type key struct {
+		value string
+		set   bool
+	}
+	sums := map[key]Count{}
+	add := func(labels map[string]string, records, bytes int64) {
+		value, set := labels[label]
+		c := sums[key{value, set}]
+		sums[key{value, set}] = Count{c.Records + records, c.Bytes + bytes}
+	}
+	for i := range u.Entries {
+		add(u.Entries[i].Record.Labels, 1, u.Entries[i].Size)
+	}
+	for _, l := range u.unrecorded {
+		add(l.labels, 0, l.size)
+	}
+	out := make([]LabelCount, 0, len(sums))
+	for k, c := range sums {
+		out = append(out, LabelCount{Value: k.value, Set: k.set, Count: c})
+	}
+	slices.SortFunc(out, func(a, b LabelCount) int {
+		if a.Set != b.Set {
+			if a.Set {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Compare(a.Value, b.Value)
+	})
+	return out
 }
 
 // DiskUsage measures the store. It takes no handle and changes no counter.
@@ -86,8 +139,11 @@ func (m *Manager) DiskUsage(ctx context.Context, keep func(*Record) bool) (*Usag
 	}
 	if keep == nil {
 		// Nobody asked for a part: what has no record yet counts, too.
-		u.Snapshots += s.unrecorded
-		u.InUse += s.unrecorded
+		u.unrecorded = s.unrecorded
+		for _, l := range s.unrecorded {
+			u.Snapshots += l.size
+			u.InUse += l.size
+		}
 	}
 	if err := m.measureRest(ctx, u); err != nil {
 		return nil, err
@@ -126,8 +182,8 @@ func (m *Manager) tidy(ctx context.Context) {
 // survey is all records as they are at one moment, with sizes and holders.
 type survey struct {
 	entries []UsageEntry
-	// unrecorded is what snapshots occupy that no record names yet.
-	unrecorded int64
+	// unrecorded are the snapshots that no record names yet.
+	unrecorded []unrecorded
 }
 
 func (m *Manager) survey(ctx context.Context) (*survey, error) {
@@ -238,10 +294,20 @@ func (m *Manager) surveyUnrecorded(ctx context.Context, s *survey, at map[ID]int
 		if err != nil {
 			return fmt.Errorf("measure snapshot %s: %w", p.Key, err)
 		}
-		s.unrecorded += size
+		s.unrecorded = append(s.unrecorded, unrecorded{m.labelsInMemory(madeFor(p.Key)), size})
 		if i, ok := byKey[info.Parent]; ok && info.Parent != "" {
 			s.entries[i].Held = cmp.Or(s.entries[i].Held, "a snapshot that is being made on top of it")
 		}
+	}
+	return nil
+}
+
+// labelsInMemory are those of a mutable that has no record yet.
+func (m *Manager) labelsInMemory(id ID) map[string]string {
+	m.lock()
+	defer m.unlock()
+	if e := m.entries[id]; e != nil && e.rec != nil {
+		return e.rec.Labels
 	}
 	return nil
 }
@@ -354,11 +420,21 @@ func blocksBelow(ctx context.Context, dir string) (sum int64, err error) {
 // fileSystem is the size of the store's file system, and what is free of it
 // for users without privileges.
 func (m *Manager) fileSystem() (total, free int64, err error) {
+	if m.diskFigures != nil {
+		d, err := m.diskFigures()
+		return d.Total, d.Free, err
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(m.root, &st); err != nil {
 		return 0, 0, &os.PathError{Op: "statfs", Path: m.root, Err: err}
 	}
 	return int64(st.Blocks) * st.Bsize, int64(st.Bavail) * st.Bsize, nil
+}
+
+// disk is fileSystem for policies.
+func (m *Manager) disk() (policy.Disk, error) {
+	total, free, err := m.fileSystem()
+	return policy.Disk{Total: total, Free: free}, err
 }
 
 // Used is the bytes of all records whose size is known, read from the store's

@@ -79,14 +79,18 @@ func (g *grouping) aims(c *compiled, d Disk, freed int64) []aim {
 
 // name is a group for people.
 func (g *grouping) name(k int) string {
-	switch gr := &g.groups[k]; {
-	case g.label == "":
+	if g.label == "" {
 		return "the store"
-	case !gr.set:
-		return "what has no label " + g.label
-	default:
-		return fmt.Sprintf("%s=%q", g.label, gr.value)
 	}
+	return groupName(g.label, g.groups[k].value, g.groups[k].set)
+}
+
+// groupName is a group of a label for people.
+func groupName(label, value string, set bool) string {
+	if !set {
+		return "what has no label " + label
+	}
+	return fmt.Sprintf("%s=%q", label, value)
 }
 
 // texts are the reasons of one policy in words, which its records share.
