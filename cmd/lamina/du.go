@@ -6,21 +6,23 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/cache/policy"
 )
 
 func newDu(a *app) *cobra.Command {
 	var o duOptions
 	cmd := &cobra.Command{
-		Use:   "du [--verbose|--tree] [--filter F]",
+		Use:   "du [--verbose|--tree] [--by FIELD] [--sort ORDER] [--filter F]",
 		Short: "Measure what the store occupies",
 		Example: `  lamina du
-  lamina du --tree
+  lamina du --by labels.team
   lamina du --verbose --filter 'type==regular'`,
 		Long: `Measure what the store occupies on the disk: snapshots, blobs, the database, and
 what removals under way will free. Records that nobody measured yet are walked.
@@ -28,7 +30,12 @@ The store is opened read-only and no record counts as used.
 
 In use is what somebody holds, with all that lies below it; the rest could be
 removed.
---verbose adds a line for each record, --tree draws them below their parents.
+--verbose adds a line for each record, --tree draws them below their parents. They
+are sorted by --sort: size, the largest first; prune, in the order in which prune
+takes them; or id. What is equal goes by id.
+
+--by adds a sum for each type, state, or value of a label (labels.NAME); records
+without the label are a group of their own. The groups add up to the snapshots.
 
 ` + filterHelp,
 		Args: cobra.NoArgs,
@@ -40,6 +47,12 @@ removed.
 			if err != nil {
 				return usage(cmd, err)
 			}
+			if _, ok := duOrders()[o.sort]; !ok {
+				return usagef(cmd, "--sort %q: there are %s", o.sort, strings.Join(sortedKeys(duOrders()), ", "))
+			}
+			if err := checkBy(o.by); err != nil {
+				return usage(cmd, err)
+			}
 			return a.du(cmd.Context(), o, keep)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -47,14 +60,47 @@ removed.
 		Annotations: map[string]string{annotateProbes: ""},
 	}
 	cmd.Flags().StringArrayVar(&o.filters, "filter", nil, "count only records that match `F`")
-	cmd.Flags().BoolVar(&o.verbose, "verbose", false, "list the records, largest first")
+	cmd.Flags().BoolVar(&o.verbose, "verbose", false, "list the records")
 	cmd.Flags().BoolVar(&o.tree, "tree", false, "list the records below their parents")
+	cmd.Flags().StringVar(&o.sort, "sort", "size", "sort the records by `ORDER`: size, prune or id")
+	cmd.Flags().StringVar(&o.by, "by", "", "add sums by `FIELD`: type, state or labels.NAME")
+	_ = cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(sortedKeys(duOrders()), cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("by", cobra.FixedCompletions([]string{"type", "state", "labels."}, cobra.ShellCompDirectiveNoFileComp|cobra.ShellCompDirectiveNoSpace))
 	return cmd
 }
 
 type duOptions struct {
 	filters       []string
 	verbose, tree bool
+	sort, by      string
+}
+
+// duOrders are what --sort takes.
+func duOrders() map[string]func(x, y *cache.UsageEntry) int {
+	id := func(x, y *cache.UsageEntry) int { return cmp.Compare(x.Record.ID, y.Record.ID) }
+	return map[string]func(x, y *cache.UsageEntry) int{
+		"id":   id,
+		"size": func(x, y *cache.UsageEntry) int { return cmp.Or(cmp.Compare(y.Size, x.Size), id(x, y)) },
+		"prune": func(x, y *cache.UsageEntry) int {
+			a, b := cache.PolicyRecord(x.Record), cache.PolicyRecord(y.Record)
+			switch {
+			case policy.Before(&a, &b):
+				return -1
+			case policy.Before(&b, &a):
+				return 1
+			}
+			return 0
+		},
+	}
+}
+
+// checkBy refuses what --by does not know.
+func checkBy(by string) error {
+	label, isLabel := strings.CutPrefix(by, "labels.")
+	if by == "" || by == "type" || by == "state" || isLabel && label != "" {
+		return nil
+	}
+	return fmt.Errorf("--by %q: there are type, state and labels.NAME, for example labels.team", by)
 }
 
 // usageView is what du prints in JSON; all numbers are bytes but for records.
@@ -72,7 +118,17 @@ type usageView struct {
 	ByState     map[string]countView `json:"by_state"`
 	FSTotal     int64                `json:"fs_total"`
 	FSFree      int64                `json:"fs_free"`
-	Entries     []usageEntryView     `json:"entries,omitempty"`
+	// Groups are there with --by.
+	Groups  []groupView      `json:"groups,omitempty"`
+	Entries []usageEntryView `json:"entries,omitempty"`
+}
+
+// groupView is the sum of one value of --by; the value is null for records that
+// have none.
+type groupView struct {
+	Value   *string `json:"value"`
+	Records int64   `json:"records"`
+	Bytes   int64   `json:"bytes"`
 }
 
 type countView struct {
@@ -103,8 +159,13 @@ func (a *app) du(ctx context.Context, o duOptions, keep func(*cache.Record) bool
 	if err != nil {
 		return err
 	}
+	order := duOrders()[o.sort]
+	slices.SortFunc(u.Entries, func(x, y cache.UsageEntry) int { return order(&x, &y) })
+	groups := groupsOf(u, o.by)
 	if a.json {
-		return printJSON(a.out, usageViewOf(u, o.verbose || o.tree))
+		v := usageViewOf(u, o.verbose || o.tree)
+		v.Groups = groups
+		return printJSON(a.out, v)
 	}
 	switch {
 	case o.tree:
@@ -112,8 +173,51 @@ func (a *app) du(ctx context.Context, o duOptions, keep func(*cache.Record) bool
 	case o.verbose:
 		a.duEntries(u)
 	}
+	if o.by != "" {
+		a.duGroups(groups, o.by)
+	}
 	a.duTotals(u)
 	return nil
+}
+
+// groupsOf sums up by a field, sorted by its value.
+func groupsOf(u *cache.Usage, by string) (out []groupView) {
+	counts := map[string]map[string]cache.Count{"type": u.ByType, "state": u.ByState}[by]
+	for _, name := range sortedKeys(counts) {
+		out = append(out, groupView{&name, counts[name].Records, counts[name].Bytes})
+	}
+	if label, ok := strings.CutPrefix(by, "labels."); ok {
+		for _, c := range u.ByLabel(unquoteLabel(label)) {
+			g := groupView{nil, c.Records, c.Bytes}
+			if c.Set {
+				g.Value = &c.Value
+			}
+			out = append(out, g)
+		}
+	}
+	return out
+}
+
+// unquoteLabel reads the name of a label as filters have it.
+func unquoteLabel(name string) string {
+	if unquoted, err := strconv.Unquote(name); err == nil {
+		return unquoted
+	}
+	return name
+}
+
+func (a *app) duGroups(groups []groupView, by string) {
+	t := newTable(a.out, by, "records", "size")
+	rightAligned(t, 2, 3)
+	for _, g := range groups {
+		value := "(none)"
+		if g.Value != nil {
+			value = safe(*g.Value)
+		}
+		t.AppendRow(table.Row{value, g.Records, size(g.Bytes)})
+	}
+	t.Render()
+	fmt.Fprintln(a.out)
 }
 
 func usageViewOf(u *cache.Usage, entries bool) usageView {
@@ -165,11 +269,9 @@ func (a *app) duTotals(u *cache.Usage) {
 }
 
 func (a *app) duEntries(u *cache.Usage) {
-	entries := slices.Clone(u.Entries)
-	slices.SortStableFunc(entries, func(x, y cache.UsageEntry) int { return cmp.Compare(y.Size, x.Size) })
 	t := newTable(a.out, "id", "state", "type", "size", "in use", "key", "description")
 	rightAligned(t, 4)
-	for _, e := range entries {
+	for _, e := range u.Entries {
 		t.AppendRow(duRow(e, safe(string(e.Record.ID))))
 	}
 	t.Render()

@@ -1,14 +1,13 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/cache/policy"
@@ -21,6 +20,9 @@ type pruneOptions struct {
 	keep                       string
 	reserved, maxUsed, minFree string
 	target                     string
+	byLabel                    string
+	labelValues                []string
+	unlabelled                 bool
 }
 
 func newPrune(a *app) *cobra.Command {
@@ -40,6 +42,10 @@ first, until it is below the lowest limit, or at --target-space. Nothing goes
 that would take the store below --reserved-space. The types internal and
 frontend, and what images name, go only with --all. Amounts are bytes, with a
 unit (GB, GiB) or a part of the disk (20%); durations have units from ms to w.
+
+With --by-label the limits hold for the records of each value of that label, or of
+those that --label-value and --unlabelled name: quotas. A cache directory that is
+in use and that a --filter picks goes when it is released.
 
 --dry-run prints what would go and what would stay, and why. What it prints with
 --json can be executed later with --plan: wholly, or not at all if a record has
@@ -69,6 +75,9 @@ changed since. --policy reads an ordered list of such rules from a file.
 	f.StringArrayVar(&o.filters, "filter", nil, "only records that match `F`")
 	f.StringArrayVar(&o.types, "type", nil, "only records of type `T`")
 	f.BoolVar(&o.all, "all", false, "protected records, too")
+	f.StringVar(&o.byLabel, "by-label", "", "let the limits hold for each value of the label `NAME`")
+	f.StringArrayVar(&o.labelValues, "label-value", nil, "with --by-label, only for the value `V`")
+	f.BoolVar(&o.unlabelled, "unlabelled", false, "with --by-label, only for records without the label")
 	f.StringVar(&o.policyFile, "policy", "", "take the rules from `FILE`")
 	return cmd
 }
@@ -83,7 +92,7 @@ func (o *pruneOptions) policies(cmd *cobra.Command) ([]policy.Policy, error) {
 		}
 		return out
 	}
-	rules := given("keep-duration", "reserved-space", "max-used-space", "min-free-space", "target-space", "filter", "type", "all")
+	rules := given("keep-duration", "reserved-space", "max-used-space", "min-free-space", "target-space", "filter", "type", "all", "by-label", "label-value", "unlabelled")
 	if cmd.Flags().Changed("plan") {
 		if others := append(rules, given("policy", "dry-run")...); len(others) > 0 {
 			return nil, fmt.Errorf("--plan says all: %s cannot be beside it", strings.Join(others, ", "))
@@ -101,7 +110,10 @@ func (o *pruneOptions) policies(cmd *cobra.Command) ([]policy.Policy, error) {
 		defer file.Close()
 		return policy.Read(file)
 	}
-	p := policy.Policy{Filters: o.filters, Types: o.types, All: o.all}
+	p := policy.Policy{
+		Filters: o.filters, Types: o.types, All: o.all,
+		ByLabel: o.byLabel, LabelValues: o.labelValues, Unlabelled: o.unlabelled,
+	}
 	if _, err := policy.ParseFilters(o.filters...); err != nil {
 		return nil, fmt.Errorf("--filter: %w", err)
 	}
@@ -144,8 +156,10 @@ func (a *app) prune(cmd *cobra.Command, o pruneOptions, policies []policy.Policy
 		if err != nil {
 			return usage(cmd, err)
 		}
-		if ask && !a.confirm(plan) {
-			return nil
+		if ask {
+			if yes, err := a.confirm(ctx, plan); err != nil || !yes {
+				return err
+			}
 		}
 		return a.execute(cmd, plan, true)
 	}
@@ -159,10 +173,18 @@ func (a *app) prune(cmd *cobra.Command, o pruneOptions, policies []policy.Policy
 	if o.dryRun {
 		return a.printPlan(plan)
 	}
-	if err := a.printPlan(plan); err != nil || plan.Removed == 0 || !a.confirm(plan) {
+	if err := a.printPlan(plan); err != nil || plan.Removed == 0 && !leavesToUsers(plan) {
+		return err
+	}
+	if yes, err := a.confirm(ctx, plan); err != nil || !yes {
 		return err
 	}
 	return a.execute(cmd, plan, false)
+}
+
+// leavesToUsers says whether something goes when it is released.
+func leavesToUsers(plan *policy.Plan) bool {
+	return slices.ContainsFunc(plan.Kept(), func(s policy.Step) bool { return s.Reason == policy.OnRelease })
 }
 
 // plan looks only.
@@ -174,25 +196,6 @@ func (a *app) plan(ctx context.Context, policies []policy.Policy) (_ *policy.Pla
 	defer shut(m, &err)
 	defer a.progress("measuring", nil)()
 	return m.Plan(ctx, policies...)
-}
-
-// confirm asks on the terminal.
-func (a *app) confirm(plan *policy.Plan) bool {
-	// Who is not in the terminal's foreground would be stopped by reading: so
-	// is an ordinary user's lamina, which is the child that has the namespace.
-	front, err := unix.IoctlGetInt(int(os.Stdin.Fd()), unix.TIOCGPGRP)
-	if err != nil || front != unix.Getpgrp() {
-		fmt.Fprintln(a.err, "Nothing was removed: this process cannot ask on the terminal. Use --yes.")
-		return false
-	}
-	fmt.Fprintf(a.err, "Remove %s (%s)? [y/N] ", plural(plan.Removed, "record"), size(plan.Freed))
-	answer, _ := bufio.NewReader(os.Stdin).ReadString('\n')
-	switch strings.ToLower(strings.TrimSpace(answer)) {
-	case "y", "yes":
-		return true
-	}
-	fmt.Fprintln(a.err, "Nothing was removed.")
-	return false
 }
 
 // planAndExecute opens the store once.
