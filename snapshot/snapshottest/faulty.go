@@ -49,6 +49,8 @@ type Faulty struct {
 	calls []*Call
 	count int // calls since the start or the last Clear
 	rules []*rule
+	// Fixed before the first call.
+	before, after func(Call) error
 }
 
 // rule says what happens to the calls that it matches.
@@ -131,6 +133,26 @@ func (f *Faulty) Block(op, key string) (reached <-chan struct{}, release func())
 	})
 }
 
+// Hook has every call pass two functions, one before the driver is asked and
+// one after it did its work; either may be nil. An error of theirs is what the
+// caller gets. It must be called before the driver is used.
+func (f *Faulty) Hook(before, after func(Call) error) { f.before, f.after = before, after }
+
+// hooked is do between the two hooks.
+func (f *Faulty) hooked(c Call, do func() error) func() error {
+	return func() error {
+		if f.before != nil {
+			if err := f.before(c); err != nil {
+				return err
+			}
+		}
+		if err := do(); err != nil || f.after == nil {
+			return err
+		}
+		return f.after(c)
+	}
+}
+
 // Calls returns the log so far, oldest first.
 func (f *Faulty) Calls() []Call {
 	f.mu.Lock()
@@ -165,6 +187,9 @@ func (f *Faulty) Clear() {
 // call runs one call under the rules.
 func (f *Faulty) call(ctx context.Context, op, key, name string, do func() error) error {
 	c := &Call{Op: op, Key: key, Name: name}
+	if f.before != nil || f.after != nil {
+		do = f.hooked(*c, do)
+	}
 	f.mu.Lock()
 	f.count++
 	f.calls = append(f.calls, c)

@@ -1,0 +1,102 @@
+package cachetest
+
+import (
+	"context"
+	"errors"
+)
+
+// fault is what goes wrong while an operation runs.
+type fault byte
+
+const (
+	none fault = iota
+	// fail lets a call of the driver, or a durable step, fail.
+	fail
+	// lost lets a call of the driver do its work and fail nevertheless.
+	lost
+	// cancelled ends the caller's context meanwhile.
+	cancelled
+	// crashSameBoot kills the process; nothing it does from then on reaches
+	// the disk. crashOtherBoot is a power cut.
+	crashSameBoot
+	crashOtherBoot
+)
+
+var faultNames = []string{"", "fail", "lost", "cancelled", "crash", "powercut"}
+
+func (f fault) crash() bool { return f == crashSameBoot || f == crashOtherBoot }
+
+var (
+	errInjected = errors.New("injected")
+	errDead     = errors.New("the process is dead")
+)
+
+// faults counts events, which are the driver's calls and the durable steps, and
+// lets one of them go wrong. One goroutine uses it.
+type faults struct {
+	armed  fault
+	at     int
+	events int
+	hit    bool
+	dead   bool
+	cancel context.CancelFunc
+	// calls counts what was injected over all operations.
+	injected int
+}
+
+// arm prepares a fault for the at-th event from now, and gives the context of
+// the operation.
+func (f *faults) arm(kind fault, at byte) context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	f.armed, f.at, f.events, f.hit, f.cancel = kind, int(at), 0, false, cancel
+	if kind == cancelled && at == 0 {
+		f.hit = true
+		cancel()
+	}
+	return ctx
+}
+
+// disarm says whether the fault was met.
+func (f *faults) disarm() bool {
+	f.armed = none
+	f.cancel()
+	if f.hit {
+		f.injected++
+	}
+	return f.hit
+}
+
+// event is called before each durable step and each call of the driver.
+func (f *faults) event(string) error {
+	if f.dead {
+		return errDead
+	}
+	if f.armed == none {
+		return nil
+	}
+	f.events++
+	if f.events != f.at {
+		return nil
+	}
+	switch f.armed {
+	case fail:
+		f.hit = true
+		return errInjected
+	case cancelled:
+		f.hit = true
+		f.cancel()
+	case crashSameBoot, crashOtherBoot:
+		f.hit, f.dead = true, true
+		return errDead
+	}
+	return nil
+}
+
+// reply is called after each call of the driver.
+func (f *faults) reply(string) error {
+	if f.armed != lost || f.events != f.at {
+		return nil
+	}
+	f.hit = true
+	return errInjected
+}

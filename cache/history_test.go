@@ -1,0 +1,49 @@
+package cache_test
+
+import (
+	"os"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/lamina-build/lamina/cache/cachetest"
+)
+
+// The same histories on all drivers show the same: many in memory, and the
+// first of them on those that have directories.
+func TestHistories(t *testing.T) {
+	o := cachetest.Options{Histories: 5000, Dir: fastDir(t)}
+	if underRace {
+		o.Histories = 50 // one goroutine has no races: hack/test runs all without
+	}
+	if os.Getenv("LAMINA_TEST_FULL") != "" {
+		o.Histories, o.Seed = 50_000, seed(t)
+	}
+	compared := uint64(250)
+	var mu sync.Mutex
+	inMemory := map[uint64][]string{}
+	first := max(o.Seed, 1)
+	o.Seen = func(seed uint64, trace []string) {
+		if seed < first+compared {
+			mu.Lock()
+			defer mu.Unlock()
+			inMemory[seed] = trace
+		}
+	}
+	t.Run("memory", func(t *testing.T) { cachetest.Run(t, cachetest.Memory(), o) })
+
+	o.Histories = min(o.Histories, int(compared))
+	for _, k := range []kind{overlayKind, nativeKind} {
+		t.Run(k.name, func(t *testing.T) {
+			needRoot(t)
+			o.Dir = fastDir(t)
+			o.Seen = func(seed uint64, trace []string) {
+				if want, there := inMemory[seed]; there && !cmp.Equal(want, trace) {
+					t.Errorf("the history of seed %d looks otherwise than in memory:\n%s", seed, cmp.Diff(want, trace))
+				}
+			}
+			cachetest.Run(t, k.open, o)
+		})
+	}
+}
