@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,14 @@ func (a *Attachments) Get(name string) ([]byte, error) { return a.tx.Attachment(
 // Set stores data under that name, over what was there.
 func (a *Attachments) Set(name string, data []byte) error {
 	return a.tx.SetAttachment(a.id, name, data)
+}
+
+// replace is Set for data that may be there already.
+func (a *Attachments) replace(name string, data []byte) error {
+	if now, err := a.Get(name); err == nil && bytes.Equal(now, data) {
+		return nil
+	}
+	return a.Set(name, data)
 }
 
 // Delete removes the data of that name, if there are any.
@@ -116,6 +125,17 @@ func (m *Manager) ViewAttachments(ctx context.Context, id ID, fn func(*Attachmen
 	return nil
 }
 
+// doubtTree makes the stored hash tree of a mutable record unconfirmed at its
+// commit, unless the commit brings one of its own: whoever wrote to the files
+// may have told nobody. After a reopen it is so already; a mutable that was
+// imported may have another.
+func (m *Manager) doubtTree(tx *metadata.Tx, edit *Edit) error {
+	if _, told := edit.attach[TreeIndex]; told {
+		return nil
+	}
+	return m.unconfirmTree(&Attachments{tx: tx, id: edit.rec.ID})
+}
+
 // unconfirmTree makes a stored hash tree say that a writer may change what it
 // describes. One that cannot be used goes.
 func (m *Manager) unconfirmTree(a *Attachments) error {
@@ -125,7 +145,7 @@ func (m *Manager) unconfirmTree(a *Attachments) error {
 			index, err = m.unconfirm(index)
 		}
 		if err == nil && index != nil {
-			return a.Set(TreeIndex, index)
+			return a.replace(TreeIndex, index)
 		}
 		if err != nil && !is(err, errdefs.ErrNotFound, errdefs.ErrDataLoss) {
 			return err

@@ -92,7 +92,12 @@ func (r *MutableRef) commit(ctx context.Context, o CommitOptions) (*ImmutableRef
 		return validate(rec)
 	}
 	if recorded {
-		rec, err = m.change(ctx, e, freeze)
+		rec, err = m.change(ctx, e, func(tx *metadata.Tx, edit *Edit) error {
+			if err := freeze(tx, edit); err != nil {
+				return err
+			}
+			return m.doubtTree(tx, edit)
+		})
 	} else {
 		edit := newEdit(rec, attachments)
 		rec = edit.rec

@@ -38,8 +38,4 @@
 //
 // A stored tree that cannot be read is logged and computed anew. Check lists
 // such trees, Verify reads files again and compares them with what is stored.
-//
-// # Migrated records
-//
-// Imported turns what BuildKit stored into the attachments of a record.
 package checksum

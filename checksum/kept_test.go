@@ -110,6 +110,39 @@ func TestReopenedRecordIsValidated(t *testing.T) {
 	})
 }
 
+// What is stored for a mutable record, wherever it came from, is not believed
+// once it is committed.
+func TestTreeOfAMutableRecord(t *testing.T) {
+	for _, plain := range []bool{false, true} {
+		w := newWorld(t, kinds[0])
+		w.plain = plain
+		w.restart()
+		mut, err := w.New(w.ctx, nil, cache.NewOptions{Retain: true})
+		require.NoError(t, err)
+		w.in(mut, func(dir string) { manyFiles(w, dir, 2) })
+		other := w.commit(nil, func(dir string) { manyFiles(w, dir, 2) })
+		w.sum(other, "/")
+		require.NoError(t, w.sums.Flush(w.ctx))
+		stored := map[string][]byte{}
+		require.NoError(t, w.ViewAttachments(w.ctx, other.ID(), func(a *cache.Attachments) error {
+			for name := range a.Names(cache.TreePrefix) {
+				data, err := a.Get(name)
+				require.NoError(t, err)
+				stored[name] = data
+			}
+			return nil
+		}))
+		for name, data := range stored {
+			require.NoError(t, mut.Attach(w.ctx, name, data))
+		}
+		w.in(mut, func(dir string) { write(t, dir, "d001/f01", "something else") })
+		ref, err := mut.Commit(w.ctx)
+		require.NoError(t, err)
+		require.Equal(t, w.fresh(ref, "/"), w.sum(ref, "/"))
+		w.release(other, ref)
+	}
+}
+
 // A stored tree that is damaged is told, computed anew and replaced.
 func TestDamagedTree(t *testing.T) {
 	w := newWorld(t, kinds[0])

@@ -167,23 +167,6 @@ func indexOf(s *contenthash.Saved, before []byte) []byte {
 	return before
 }
 
-// Imported are the attachments of a record for which BuildKit stored content
-// hashes, to be written in the transaction that makes it. It must not be
-// mutable: the first writer would discard them. Until then they answer what
-// that daemon would answer. A *contenthash.DamagedError says that there is
-// nothing to store, and why.
-func Imported(v contenthash.V0) (map[string][]byte, error) {
-	tree, err := contenthash.ImportV0(v)
-	if err != nil {
-		return nil, err
-	}
-	out := map[string][]byte{}
-	for name, data := range tree.Save().Put {
-		out[cache.TreePrefix+name] = data
-	}
-	return out, nil
-}
-
 // Files gives access to the files of a record through a mount that is there
 // as long as they are read.
 func Files(ref *cache.ImmutableRef) contenthash.Opener {
