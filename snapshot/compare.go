@@ -22,8 +22,10 @@ type change struct {
 	// While two trees are compared: the file is the same but, perhaps, for
 	// its hard links; the directory's own attributes are the same.
 	same bool
-	// twin is the file in the lower tree that it is the same as.
-	twin inodeID
+	// twin is the file in the lower tree that it is the same as, twins how
+	// many names that one has.
+	twin  inodeID
+	twins int
 }
 
 // changesOf is what one layer says, all of it.
@@ -80,26 +82,39 @@ type differ struct {
 	// The names of files with several links, as they are met: of lower's only
 	// those that upper shows with the same file.
 	lower, upper map[inodeID][]string
+	// skipped says that directories were left out, as they are the same;
+	// full forbids it; torn says that some file may have names in them.
+	skipped, full, torn bool
 }
 
 // difference is what turns the tree of lower into that of upper. Directories
-// that both have from the same layers are not looked into.
+// that both have from the same layers are not looked into, unless a file that
+// matters may have more names there.
 //
-// Files of which one is a copy of the other count as the same if their hard
-// links are the same, too: the names that are linked with it in upper must be
-// those in lower that are still there with the same file. Otherwise the group
-// would be torn apart, or grow together, where the difference is applied.
+// Files count as the same if their hard links are the same, too: the names
+// that are linked with it in upper must be those in lower that are still there
+// with the same file. Otherwise the group would be torn apart, or grow
+// together, where the difference is applied.
 func difference(ctx context.Context, lower, upper *union) ([]change, error) {
-	d := &differ{comparer{ctx: ctx}, map[inodeID][]string{}, map[inodeID][]string{}}
-	list, err := d.dirs("", lower, upper)
-	if err != nil {
-		return nil, err
+	for full := false; ; full = true {
+		d := &differ{
+			comparer: comparer{ctx: ctx}, full: full,
+			lower: map[inodeID][]string{}, upper: map[inodeID][]string{},
+		}
+		list, err := d.dirs("", lower, upper)
+		if err != nil {
+			return nil, err
+		}
+		list = d.settle("", list)
+		if !d.skipped || !d.torn {
+			return list, nil
+		}
 	}
-	return d.settle("", list), nil
 }
 
 func (d *differ) dirs(at string, lower, upper *union) (list []change, err error) {
-	if lower.same(upper) {
+	if lower.same(upper) && !d.full {
+		d.skipped = true
 		return nil, nil
 	}
 	was, err := lower.list()
@@ -176,18 +191,15 @@ func (d *differ) both(at string, lower, upper *union, was, is *found) (c change,
 	}
 	at = path.Join(at, is.name)
 	d.note(d.upper, at, is)
-	if was.id() == is.id() {
-		d.note(d.lower, at, was)
-		return c, false, nil
+	c.same = was.id() == is.id()
+	if !c.same && sameStat(&was.st, &is.st) {
+		c.same, err = d.sameFiles(lower, upper, was, is)
 	}
-	if !sameStat(&was.st, &is.st) {
-		return c, true, nil
-	}
-	if c.same, err = d.sameFiles(lower, upper, was, is); err != nil || !c.same {
+	if err != nil || !c.same {
 		return c, true, err
 	}
 	d.note(d.lower, at, was)
-	c.twin = was.id()
+	c.twin, c.twins = was.id(), int(was.st.Nlink)
 	return c, was.st.Nlink > 1 || is.st.Nlink > 1, nil
 }
 
@@ -224,8 +236,12 @@ func (d *differ) settle(at string, list []change) []change {
 			if len(c.below) == 0 {
 				continue
 			}
-		case slices.Equal(linked(d.upper, c.id(), at), linked(d.lower, c.twin, at)):
-			continue
+		default:
+			is, was := linked(d.upper, c.id(), at), linked(d.lower, c.twin, at)
+			d.torn = d.torn || len(is) < int(c.st.Nlink) || len(was) < c.twins
+			if slices.Equal(is, was) {
+				continue
+			}
 		}
 		kept = append(kept, c)
 	}
