@@ -49,11 +49,11 @@ type mworld struct {
 	// parent's root, and snapshots without a parent are bind mounts, in which
 	// attributes with the names of marks become marks.
 	foreign bool
-	dir      string // to mount at
-	prefix   string
-	names    []string // committed, in their order
-	snaps    []*msnap
-	born     int
+	dir     string // to mount at
+	prefix  string
+	names   []string // committed, in their order
+	snaps   []*msnap
+	born    int
 }
 
 func (w *mworld) no(err error) {
