@@ -27,19 +27,36 @@ type thing struct {
 	Parent  string
 	Labels  map[string]string
 	Content string
+	Layers  string
 }
 
 func look(t *testing.T, d snapshot.Driver) world {
 	t.Helper()
 	w := world{}
 	require.NoError(t, d.Walk(t.Context(), func(ctx context.Context, info snapshots.Info) error {
-		w[info.Name] = thing{info.Kind, info.Parent, info.Labels, content(t, d, info.Name)}
+		w[info.Name] = thing{info.Kind, info.Parent, info.Labels, content(t, d, info.Name), layers(t, d, info.Name)}
 		stat, err := d.Stat(ctx, info.Name)
 		require.NoError(t, err)
 		require.Equal(t, info, stat)
 		return nil
 	}))
 	return w
+}
+
+// layers are the layers of a name, by their names.
+func layers(t *testing.T, d snapshot.Driver, key string) string {
+	t.Helper()
+	s, ok := d.Stacker()
+	if !ok {
+		return ""
+	}
+	list, err := s.Layers(t.Context(), key)
+	require.NoError(t, err)
+	var names []string
+	for _, l := range list {
+		names = append(names, fmt.Sprintf("%s/%v", l.Name, l.Clean))
+	}
+	return strings.Join(names, " ")
 }
 
 // content lists the files that key shows.
@@ -94,9 +111,12 @@ func put(t *testing.T, root, key, file string) {
 }
 
 // scene sets the stage for every operation: base with the child n, whose
-// child k is active; free, which is active without a parent; a view.
+// child k is active and holds a copy of a file of n; free, which is active
+// without a parent; a view; where the driver can, a stack with a child. All
+// layers but base are clean.
 func scene(t *testing.T, d snapshot.Driver, root string) {
 	ctx := t.Context()
+	exact := snapshots.Opt(snapshot.WithExactLayer)
 	prepare := func(key, parent string) {
 		_, err := d.Prepare(ctx, key, parent, snapshots.WithLabels(map[string]string{"of": key}))
 		require.NoError(t, err)
@@ -105,22 +125,38 @@ func scene(t *testing.T, d snapshot.Driver, root string) {
 	prepare("w1", "")
 	require.NoError(t, d.Commit(ctx, "base", "w1", snapshots.WithLabels(map[string]string{"of": "base"})))
 	prepare("w2", "base")
-	require.NoError(t, d.Commit(ctx, "n", "w2"))
-	prepare("w3", "")
-	require.NoError(t, d.Commit(ctx, "leaf", "w3"))
+	require.NoError(t, d.Commit(ctx, "n", "w2", exact))
+	for _, leaf := range []string{"leaf", "low", "high"} {
+		prepare("w-"+leaf, "")
+		require.NoError(t, d.Commit(ctx, leaf, "w-"+leaf, exact))
+	}
 	prepare("k", "n")
+	if d.Info().Name == snapshot.Overlay {
+		n := filepath.Join(root, "snapshots", "committed", "n", "fs", "by-w2")
+		put(t, root, "k", "by-w2")
+		fi, err := os.Stat(n)
+		require.NoError(t, err)
+		require.NoError(t, os.Chtimes(filepath.Join(root, "snapshots", "active", "k", "fs", "by-w2"), fi.ModTime(), fi.ModTime()))
+	}
 	prepare("free", "")
 	_, err := d.View(ctx, "v", "n")
 	require.NoError(t, err)
+	if s, ok := d.Stacker(); ok {
+		require.NoError(t, s.Stack(ctx, "m", []string{"low", "high"}))
+		require.NoError(t, s.Stack(ctx, "m2", []string{"m", "n"}))
+		prepare("on-m", "m")
+	}
 }
 
 // operation is a call that is cut at each of its steps. It runs on the scene
 // and holds no reference to a driver but the one it gets.
 type operation struct {
 	do func(ctx context.Context, d snapshot.Driver) error
-	// detaches says that the call has two halves, and that k is gone between
-	// them.
-	detaches bool
+	// detaches is the name that is gone between the halves of the call, if it
+	// has two.
+	detaches string
+	// stacks says that the driver must have a Stacker.
+	stacks bool
 }
 
 func operations() map[string]operation {
@@ -140,16 +176,27 @@ func operations() map[string]operation {
 	remove := func(key string) operation {
 		return operation{do: func(ctx context.Context, d snapshot.Driver) error { return d.Remove(ctx, key) }}
 	}
-	detach := func(then func(context.Context, snapshot.Driver, snapshot.Pending) error) operation {
-		return operation{detaches: true, do: func(ctx context.Context, d snapshot.Driver) error {
-			p, err := d.Detach(ctx, "k")
+	detach := func(key string, then func(context.Context, snapshot.Driver, snapshot.Pending) error) operation {
+		return operation{detaches: key, do: func(ctx context.Context, d snapshot.Driver) error {
+			p, err := d.Detach(ctx, key)
 			if err != nil {
 				return err
 			}
 			return then(ctx, d, p)
 		}}
 	}
-	return map[string]operation{
+	restore := func(ctx context.Context, d snapshot.Driver, p snapshot.Pending) error { return d.Restore(ctx, p) }
+	stack := func(do func(ctx context.Context, d snapshot.Driver, s snapshot.Stacker) error) operation {
+		return operation{stacks: true, do: func(ctx context.Context, d snapshot.Driver) error {
+			s, _ := d.Stacker()
+			return do(ctx, d, s)
+		}}
+	}
+	stacked := func(op operation) operation {
+		op.stacks = true
+		return op
+	}
+	all := map[string]operation{
 		"prepare":               prepare("new", ""),
 		"prepare first child":   prepare("new", "leaf"),
 		"prepare another child": prepare("new", "n"),
@@ -165,16 +212,39 @@ func operations() map[string]operation {
 			_, err := d.Update(ctx, snapshots.Info{Name: "k", Labels: map[string]string{"new": "1"}})
 			return err
 		}},
-		"remove active":    remove("k"),
-		"remove view":      remove("v"),
-		"remove committed": remove("leaf"),
-		"detach and restore": detach(func(ctx context.Context, d snapshot.Driver, p snapshot.Pending) error {
-			return d.Restore(ctx, p)
-		}),
-		"detach and discard": detach(func(ctx context.Context, d snapshot.Driver, p snapshot.Pending) error {
+		"remove active":      remove("k"),
+		"remove view":        remove("v"),
+		"remove committed":   remove("leaf"),
+		"detach and restore": detach("k", restore),
+		"detach and discard": detach("k", func(ctx context.Context, d snapshot.Driver, p snapshot.Pending) error {
 			return d.Discard(ctx, p)
 		}),
 	}
+	maps.Copy(all, map[string]operation{
+		"stack": stack(func(ctx context.Context, _ snapshot.Driver, s snapshot.Stacker) error {
+			return s.Stack(ctx, "new", []string{"leaf", "m", "n", "low"}, label)
+		}),
+		"stack, long name": stack(func(ctx context.Context, _ snapshot.Driver, s snapshot.Stacker) error {
+			return s.Stack(ctx, long, []string{"leaf", "n"})
+		}),
+		"stack of nothing": stack(func(ctx context.Context, _ snapshot.Driver, s snapshot.Stacker) error {
+			return s.Stack(ctx, "new", nil)
+		}),
+		"clean copy": stack(func(ctx context.Context, _ snapshot.Driver, s snapshot.Stacker) error {
+			return s.CleanCopy(ctx, "new", "base", label)
+		}),
+		"diff": stack(func(ctx context.Context, _ snapshot.Driver, s snapshot.Stacker) error {
+			return s.Diff(ctx, "new", "m2", "leaf", label)
+		}),
+		"clean": stack(func(ctx context.Context, _ snapshot.Driver, s snapshot.Stacker) error {
+			_, err := s.Clean(ctx, "k")
+			return err
+		}),
+		"prepare on a stack":       stacked(prepare("new", "m2")),
+		"remove stack":             stacked(remove("m2")),
+		"detach and restore stack": stacked(detach("m2", restore)),
+	})
+	return all
 }
 
 func eachOperation(t *testing.T, test func(t *testing.T, driver string, op operation)) {
@@ -184,7 +254,7 @@ func eachOperation(t *testing.T, test func(t *testing.T, driver string, op opera
 			continue
 		}
 		for name, op := range operations() {
-			if driver == snapshot.Native && name == "commit and rebase" {
+			if driver == snapshot.Native && (name == "commit and rebase" || op.stacks) {
 				continue // refused before anything is done
 			}
 			t.Run(driver+"/"+name, func(t *testing.T) { test(t, driver, op) })
@@ -195,16 +265,16 @@ func eachOperation(t *testing.T, test func(t *testing.T, driver string, op opera
 // possible are the worlds in which a cut operation may leave the names.
 func (op operation) possible(before, after world) []world {
 	worlds := []world{before, after}
-	if op.detaches {
-		worlds = append(worlds, between(before))
+	if op.detaches != "" {
+		worlds = append(worlds, op.between(before))
 	}
 	return worlds
 }
 
 // between is the world between the halves of a removal.
-func between(before world) world {
+func (op operation) between(before world) world {
 	w := maps.Clone(before)
-	delete(w, "k")
+	delete(w, op.detaches)
 	return w
 }
 
@@ -298,14 +368,25 @@ func among(got world, worlds []world) bool {
 // until then.
 func takeDown(t *testing.T, d snapshot.Driver, root string, w world) {
 	t.Helper()
-	left := map[string]string{}
+	left := map[string][]string{}
 	for name, is := range w {
-		left[name] = is.Parent
+		left[name] = []string{is.Parent}
+		if is.Parent == "" {
+			for _, layer := range strings.Fields(is.Layers) {
+				layer, _, _ = strings.Cut(layer, "/true")
+				layer, _, _ = strings.Cut(layer, "/false")
+				if layer != name {
+					left[name] = append(left[name], layer)
+				}
+			}
+		}
 	}
 	for len(left) > 0 {
 		parents := map[string]bool{}
-		for _, parent := range left {
-			parents[parent] = true
+		for _, needs := range left {
+			for _, name := range needs {
+				parents[name] = true
+			}
 		}
 		var leaves []string
 		for name := range left {
@@ -355,9 +436,9 @@ func TestFullDiskAtEachStep(t *testing.T) {
 				return
 			}
 			require.ErrorIs(t, err, unix.ENOSPC, "step %d: %s", n, s.names[n-1])
-			if op.detaches && !strings.HasPrefix(s.names[n-1], "remove.") {
+			if op.detaches != "" && !strings.HasPrefix(s.names[n-1], "remove.") {
 				// Detach was done; the removal is pending, and can be finished.
-				require.Equal(t, between(before), look(t, d))
+				require.Equal(t, op.between(before), look(t, d))
 				require.NoError(t, d.Cleanup(t.Context()))
 				takeDown(t, d, root, look(t, d))
 				continue
@@ -528,7 +609,7 @@ func TestSettleBesideOthers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			root, s := scratch(t), &steps{}
 			d := openWith(t, snapshot.Native, root, s)
-			if name == "commit and rebase" {
+			if name == "commit and rebase" || op.stacks {
 				return // this driver refuses it
 			}
 			scene(t, d, root)
