@@ -3,6 +3,7 @@ package cachetest
 import (
 	"context"
 	"errors"
+	"sync"
 )
 
 // fault is what goes wrong while an operation runs.
@@ -32,15 +33,17 @@ var (
 )
 
 // faults counts events, which are the driver's calls and the durable steps, and
-// lets one of them go wrong. One goroutine uses it.
+// lets one of them go wrong.
 type faults struct {
+	mu sync.Mutex
+	// Guarded by mu: a cache measures several snapshots at once.
 	armed  fault
 	at     int
 	events int
 	hit    bool
 	dead   bool
 	cancel context.CancelFunc
-	// calls counts what was injected over all operations.
+	// injected counts over all operations what was met.
 	injected int
 }
 
@@ -48,6 +51,8 @@ type faults struct {
 // the operation.
 func (f *faults) arm(kind fault, at byte) context.Context {
 	ctx, cancel := context.WithCancel(context.Background())
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.armed, f.at, f.events, f.hit, f.cancel = kind, int(at), 0, false, cancel
 	if kind == cancelled && at == 0 {
 		f.hit = true
@@ -58,6 +63,8 @@ func (f *faults) arm(kind fault, at byte) context.Context {
 
 // disarm says whether the fault was met.
 func (f *faults) disarm() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.armed = none
 	f.cancel()
 	if f.hit {
@@ -66,8 +73,17 @@ func (f *faults) disarm() bool {
 	return f.hit
 }
 
+// live makes the process of those who open the store again.
+func (f *faults) live(alive bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.dead = !alive
+}
+
 // event is called before each durable step and each call of the driver.
 func (f *faults) event(string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.dead {
 		return errDead
 	}
@@ -94,7 +110,9 @@ func (f *faults) event(string) error {
 
 // reply is called after each call of the driver.
 func (f *faults) reply(string) error {
-	if f.armed != lost || f.events != f.at {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.armed != lost || f.hit || f.events != f.at {
 		return nil
 	}
 	f.hit = true

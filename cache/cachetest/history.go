@@ -233,7 +233,7 @@ func (h *history) restart(op Op, sameBoot bool) {
 		if err == nil {
 			_ = h.closeStore()
 		}
-		h.dead = false
+		h.live(true)
 		err = h.openStore()
 	}
 	h.must(err, "open again")
@@ -244,9 +244,9 @@ func (h *history) restart(op Op, sameBoot bool) {
 // crash ends the process without a word, opens the store again and goes on
 // with the model that fits.
 func (h *history) crash(otherBoot bool, before *model) {
-	h.dead = true
+	h.live(false)
 	_ = h.closeStore() // nothing of it reaches the disk
-	h.dead = false
+	h.live(true)
 	if otherBoot {
 		h.boot++
 		h.releaseHolds()

@@ -112,7 +112,7 @@ func doNew(h *history, op Op) {
 		return err
 	}) {
 		h.bind(name, mut.ID())
-		h.start(&handle{name: name, mut: mut, touch: true})
+		h.start(&handle{name: name, mut: mut}) // to be made is no use
 	}
 }
 

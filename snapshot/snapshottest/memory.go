@@ -329,6 +329,9 @@ func (m *Memory) Cleanup(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// Stacker implements snapshot.Driver: each snapshot has a whole tree.
+func (m *Memory) Stacker() (snapshot.Stacker, bool) { return nil, false }
+
 // Settle implements snapshot.Driver: nothing is ever half done.
 func (m *Memory) Settle(context.Context) error { return nil }
 
