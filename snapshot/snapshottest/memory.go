@@ -51,9 +51,6 @@ func NewMemory() *Memory {
 
 var _ snapshot.Driver = (*Memory)(nil)
 
-// Stacker implements snapshot.Driver: there are no layers.
-func (m *Memory) Stacker() (snapshot.Stacker, bool) { return nil, false }
-
 // WriteFile writes a file of the tree that Dir calls dir. NotFound if that
 // tree is gone.
 func (m *Memory) WriteFile(dir, name, text string) error {
