@@ -443,6 +443,3 @@ func (m *Memory) InUse(_ context.Context, key string) (bool, error) {
 
 // Sync implements snapshot.Driver.
 func (m *Memory) Sync(ctx context.Context) error { return context.Cause(ctx) }
-
-// Stacker implements snapshot.Driver: there are no layers.
-func (m *Memory) Stacker() (snapshot.Stacker, bool) { return nil, false }
