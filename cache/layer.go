@@ -3,40 +3,38 @@ package cache
 import (
 	"context"
 	"fmt"
-	"os"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/lamina-build/lamina/snapshot"
 )
 
-// OpenLayer opens the directory that holds what the record's snapshot has
-// beyond that of its parent, with overlayfs's marks in it, to be read; marks is
-// how the names of these attributes begin ("trusted.overlay."). The caller
-// closes it before the handle is released. NotImplemented where the driver
-// copies, or cannot tell.
-func (r *ImmutableRef) OpenLayer(ctx context.Context) (dir *os.File, marks string, err error) {
+// SnapshotLayers lists the layers that the record's snapshot shows, bottom
+// first, with their directories: see snapshot.Stacker. While the handle is held
+// they can be read; that of a committed record moves when it is finalized.
+// NotImplemented where the driver copies, or cannot tell, and for lazy records.
+func (r *ImmutableRef) SnapshotLayers(ctx context.Context) (list []snapshot.Layer, err error) {
 	m := r.h.m
 	end, err := m.begin()
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	defer end()
 	e, done, err := r.h.use()
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	defer done()
-	d, ok := m.driver.(snapshot.LayerOpener)
+	s, ok := m.driver.Stacker()
 	if !ok {
-		return nil, "", fmt.Errorf("driver %s does not tell what a layer holds: %w", m.info.Name, errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("driver %s does not tell what a layer holds: %w", m.info.Name, errdefs.ErrNotImplemented)
 	}
 	err = m.byName(e, func(key string) (err error) {
-		dir, err = d.OpenLayer(ctx, key)
+		list, err = s.Layers(ctx, key)
 		return err
 	})
 	if err != nil {
-		return nil, "", fmt.Errorf("layer of record %s: %w", short(e.id), err)
+		return nil, fmt.Errorf("layers of record %s: %w", short(e.id), err)
 	}
-	return dir, m.info.Attributes + ".overlay.", nil
+	return list, nil
 }

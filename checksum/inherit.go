@@ -3,98 +3,109 @@ package checksum
 import (
 	"context"
 	"errors"
-	"os"
+	"io/fs"
 	"slices"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/contenthash"
-	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/snapshot"
 )
 
-// inherit makes the tree of a child from that of its nearest ancestor that has
-// one, and the layers in between. Nil without an error says that there is
-// nothing to start from.
-func inherit(ctx context.Context, m *cache.Manager, ref *cache.ImmutableRef, loaded func(cache.ID) *contenthash.Tree) (tree *contenthash.Tree, err error) {
-	h := heritage{m: m, loaded: loaded}
-	defer func() { err = errors.Join(err, h.release(ctx)) }()
-	start, err := h.climb(ctx, ref)
-	if err != nil || start == nil {
-		return nil, err
-	}
-	for _, l := range slices.Backward(h.layers) {
-		if err := start.ApplyLayer(ctx, l); err != nil {
-			if ctx.Err() != nil {
-				return nil, context.Cause(ctx)
-			}
-			// A layer that cannot be read as one is no reason not to
-			// answer: everything is read through the mount.
-			return contenthash.New(), nil
-		}
-	}
-	return start, nil
-}
-
-// heritage is the way from a record up to an ancestor whose tree is known.
-type heritage struct {
-	m      *cache.Manager
-	loaded func(cache.ID) *contenthash.Tree
-	// layers are those on the way, the record's own first.
-	layers []contenthash.Layer
-	refs   []*cache.ImmutableRef
-}
-
-// climb collects layers until a tree is found, of which it returns a copy.
-func (h *heritage) climb(ctx context.Context, at *cache.ImmutableRef) (*contenthash.Tree, error) {
-	for {
-		rec := at.Record()
-		if rec.Op != metadata.Layer || len(rec.Parents) != 1 {
-			return nil, nil
-		}
-		dir, marks, err := at.OpenLayer(ctx)
+// inherit makes the tree of a record from that of its nearest ancestor that
+// has one, and the layers that it shows beyond that one's. A merge has the
+// layers of its lowest input and more, so it is a child of that. Nil without an
+// error says that there is nothing to start from.
+func inherit(ctx context.Context, m *cache.Manager, ref *cache.ImmutableRef, loaded func(cache.ID) *contenthash.Tree) (*contenthash.Tree, error) {
+	const tries = 2 // a finalize may move the topmost layer once
+	for try := 1; ; try++ {
+		layers, err := ref.SnapshotLayers(ctx)
 		if errors.Is(err, errdefs.ErrNotImplemented) {
 			return nil, nil
 		}
 		if err != nil {
 			return nil, err
 		}
-		// It is opened again when it is read: there may be hundreds.
-		if err := dir.Close(); err != nil {
+		tree, rest, err := startOf(ctx, m, ref, layers, loaded)
+		if err != nil || tree == nil {
 			return nil, err
 		}
-		ref := at
-		h.layers = append(h.layers, contenthash.Layer{Marks: marks, Open: func(ctx context.Context) (*contenthash.Root, error) {
-			return openLayer(ref.OpenLayer(ctx))
-		}})
-		if at, err = h.m.Get(ctx, rec.Parents[0], cache.GetOptions{NoUpdate: true}); err != nil {
-			return nil, err
+		err = apply(ctx, tree, rest)
+		switch {
+		case err == nil:
+			return tree, nil
+		case ctx.Err() != nil:
+			return nil, context.Cause(ctx)
+		case try == tries || !errors.Is(err, fs.ErrNotExist):
+			// A layer that cannot be read as one is no reason not to
+			// answer: everything is read through the mount.
+			return nil, nil
 		}
-		h.refs = append(h.refs, at)
-		if tree := h.loaded(at.ID()); tree != nil {
-			return tree.Clone(), nil
-		}
-		stored, err := loadStored(ctx, h.m, at.ID())
+	}
+}
+
+func apply(ctx context.Context, tree *contenthash.Tree, layers []snapshot.Layer) error {
+	for _, l := range layers {
+		err := tree.ApplyLayer(ctx, contenthash.Layer{Open: contenthash.Dir(l.Dir), Marks: l.Attributes + ".overlay."})
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if stored != nil && stored.Damage == nil {
-			return stored.Clone(), nil
+	}
+	return nil
+}
+
+// startOf finds the nearest ancestor with a tree, whose layers are the lowest
+// of these. It returns a copy of the tree, and the layers above.
+func startOf(ctx context.Context, m *cache.Manager, ref *cache.ImmutableRef, layers []snapshot.Layer, loaded func(cache.ID) *contenthash.Tree) (tree *contenthash.Tree, rest []snapshot.Layer, err error) {
+	var ancestors []*cache.ImmutableRef
+	defer func() {
+		for _, a := range ancestors {
+			err = errors.Join(err, a.Release(ctx))
+		}
+	}()
+	for at := ref; ; {
+		rec := at.Record()
+		if len(rec.Parents) == 0 {
+			return nil, nil, nil
+		}
+		if at, err = m.Get(ctx, rec.Parents[0], cache.GetOptions{NoUpdate: true}); err != nil {
+			return nil, nil, err
+		}
+		ancestors = append(ancestors, at)
+		inMemory := loaded(at.ID())
+		if tree = inMemory; tree == nil {
+			stored, err := loadStored(ctx, m, at.ID())
+			if err != nil {
+				return nil, nil, err
+			}
+			if stored == nil || stored.Damage != nil {
+				continue
+			}
+			tree = stored.Tree
+		}
+		below, err := at.SnapshotLayers(ctx)
+		if errors.Is(err, errdefs.ErrNotImplemented) {
+			continue // it is lazy
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		n := len(below)
+		if n <= len(layers) && slices.Equal(names(below), names(layers[:n])) {
+			if inMemory != nil {
+				tree = tree.Clone()
+			}
+			return tree, layers[n:], nil
 		}
 	}
 }
 
-func openLayer(dir *os.File, _ string, err error) (*contenthash.Root, error) {
-	if err != nil {
-		return nil, err
+// names are what tells layers apart.
+func names(layers []snapshot.Layer) []string {
+	out := make([]string, len(layers))
+	for i, l := range layers {
+		out[i] = l.Name
 	}
-	return contenthash.NewRoot(dir, nil), nil
-}
-
-func (h *heritage) release(ctx context.Context) error {
-	var errs []error
-	for _, ref := range h.refs {
-		errs = append(errs, ref.Release(ctx))
-	}
-	return errors.Join(errs...)
+	return out
 }
