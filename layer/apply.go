@@ -21,8 +21,8 @@ import (
 //
 // r is read ahead by another goroutine; Apply returns when its last Read has.
 // When Apply fails, the layer is half applied and root is to be thrown away.
-// The caller compares DiffID: a layer that was cut between two entries is no
-// error here.
+// The caller compares DiffID: a layer that was cut between two entries, or in
+// the extended header before one, looks like one that ends there.
 //
 // Errors: *EntryError for what an entry is or meets; InvalidArgument for a
 // stream that is no tar archive; ResourceExhausted for a limit and for a full
@@ -119,6 +119,14 @@ func (a *applier) mark(p string) {
 func (a *applier) markIn(at *dir, name string) {
 	if a.mine != nil {
 		a.mark(join(at.path, name))
+	}
+}
+
+// markAll marks a path and the directories above it.
+func (a *applier) markAll(p string) {
+	for a.mine != nil && p != "" {
+		a.mark(p)
+		p, _ = split(p)
 	}
 }
 

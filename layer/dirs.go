@@ -37,6 +37,7 @@ type dir struct {
 	opaque   bool // marked as hiding all below
 	fresh    bool // shows nothing of the layers below: it or one above is opaque
 	isNew    bool // made by the call that returned it
+	marked   bool // noted as the layer's, with those above
 
 	newer, older *dir
 }
@@ -202,7 +203,15 @@ func split(p string) (dir, base string) {
 // followed, inside the tree, as if its root were /; anything else in the way
 // that lies below the layer gives way to a directory, since that is what the
 // layer stacked over it would show.
-func (a *applier) parent(p string) (*dir, error) { return a.walk(p, true) }
+func (a *applier) parent(p string) (*dir, error) {
+	d, err := a.walk(p, true)
+	if err == nil && !d.marked {
+		// All on the way are the layer's, also what a search had opened.
+		a.markAll(d.path)
+		d.marked = true
+	}
+	return d, err
+}
 
 // find is parent for looking only. What is not in the tree is *missing, unless
 // the layer itself hides what is below: then it is ENOENT.
@@ -280,9 +289,6 @@ func (a *applier) step(d *dir, name string, create bool) (next *dir, target stri
 	next, err = a.openDir(d, name)
 	switch {
 	case err == nil:
-		if create {
-			a.mark(p)
-		}
 		return next, "", nil
 	case errors.Is(err, unix.ENOENT):
 		if !create {

@@ -3,6 +3,7 @@ package layer_test
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"fmt"
 	"io/fs"
@@ -19,6 +20,14 @@ import (
 
 	"github.com/lamina-build/lamina/layer"
 )
+
+// tb is what the helpers want of a test; rapid's are such, too.
+type tb interface {
+	require.TestingT
+	Helper()
+	Cleanup(func())
+	Context() context.Context
+}
 
 // needRoot skips tests of what an ordinary user may not do.
 func needRoot(t testing.TB) {
@@ -57,7 +66,7 @@ func whiteout(name string) ent {
 func opaque(dir string) ent { return ent{name: dir + "/.wh..wh..opq", typ: tar.TypeReg} }
 
 // pack makes a tar.
-func pack(t testing.TB, entries ...ent) []byte {
+func pack(t tb, entries ...ent) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -78,7 +87,7 @@ func pack(t testing.TB, entries ...ent) []byte {
 }
 
 // apply applies a tar that has to apply.
-func apply(t testing.TB, dir string, tarball []byte, o layer.ApplyOptions) layer.Applied {
+func apply(t tb, dir string, tarball []byte, o layer.ApplyOptions) layer.Applied {
 	t.Helper()
 	out, err := layer.Apply(t.Context(), dir, bytes.NewReader(tarball), o)
 	require.NoError(t, err)
@@ -94,7 +103,7 @@ type dumpOptions struct {
 
 // dump lists a tree: a line for each file, with all that a layer can carry.
 // Link groups are numbered in the order of their first names.
-func dump(t testing.TB, root string, o dumpOptions) []string {
+func dump(t tb, root string, o dumpOptions) []string {
 	t.Helper()
 	var out []string
 	groups := map[uint64]int{}
@@ -162,7 +171,7 @@ func dump(t testing.TB, root string, o dumpOptions) []string {
 }
 
 // names lists a tree by its names.
-func names(t testing.TB, root string) []string {
+func names(t tb, root string) []string {
 	t.Helper()
 	out := []string{}
 	require.NoError(t, filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
@@ -179,7 +188,7 @@ func names(t testing.TB, root string) []string {
 	return out
 }
 
-func content(t testing.TB, elem ...string) string {
+func content(t tb, elem ...string) string {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(elem...))
 	require.NoError(t, err)
@@ -187,7 +196,7 @@ func content(t testing.TB, elem ...string) string {
 }
 
 // listing lists the entries of a tar.
-func listing(t testing.TB, tarball []byte) []string {
+func listing(t tb, tarball []byte) []string {
 	t.Helper()
 	out := []string{}
 	r := tar.NewReader(bytes.NewReader(tarball))
@@ -206,7 +215,7 @@ func listing(t testing.TB, tarball []byte) []string {
 }
 
 // write writes a layer that can be written.
-func write(t testing.TB, src layer.Source, o layer.WriteOptions) []byte {
+func write(t tb, src layer.Source, o layer.WriteOptions) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	out, err := layer.Write(t.Context(), &b, src, o)

@@ -41,11 +41,15 @@ func (a *applier) link(up, base string, h *tar.Header) error {
 	return a.linkTo(at, base, from, name)
 }
 
-// linkTarget finds the file to link to. One that lies only in the layers below
-// an upper directory is copied up, as the kernel would.
+// linkTarget finds the file to link to. One of the layers below becomes one of
+// this layer: in an upper directory it is copied up, as the kernel would.
 func (a *applier) linkTarget(target string) (*dir, string, error) {
 	up, name := split(target)
+	var m *missing
 	from, err := a.find(up)
+	if errors.As(err, &m) {
+		m.path = join(m.path, name)
+	}
 	if err == nil {
 		var st unix.Stat_t
 		err = fsat.Lstat(from.fd, name, &st)
@@ -59,10 +63,10 @@ func (a *applier) linkTarget(target string) (*dir, string, error) {
 		case a.overlay() && isWhiteout(&st):
 			err = unix.ENOENT
 		default:
+			a.markAll(join(from.path, name))
 			return from, name, nil
 		}
 	}
-	var m *missing
 	if !errors.As(err, &m) || !a.overlay() || m.at.fresh {
 		return nil, "", err
 	}
