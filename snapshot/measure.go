@@ -11,17 +11,21 @@ import (
 )
 
 // measure counts the inodes of a tree and the bytes of their blocks, each
-// inode once. The tree may change meanwhile. What lies in a directory that
-// may not be read is left out.
+// inode once. A file that has names outside of the tree, too, is counted where
+// it is from. The tree may change meanwhile. What lies in a directory that may
+// not be read is left out.
 func measure(ctx context.Context, root string) (snapshots.Usage, error) {
 	// An adopted tree is reached through a link.
 	root, err := filepath.EvalSymlinks(root)
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
-	type inode struct{ dev, ino uint64 }
+	type links struct {
+		left   uint64 // names not met yet
+		blocks int64
+	}
 	var used snapshots.Usage
-	seen := map[inode]bool{}
+	linked := map[inodeID]*links{}
 	err = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -42,11 +46,13 @@ func measure(ctx context.Context, root string) (snapshots.Usage, error) {
 		st := fi.Sys().(*syscall.Stat_t)
 		// Only what has several names can be met twice.
 		if st.Nlink > 1 && !d.IsDir() {
-			id := inode{st.Dev, st.Ino}
-			if seen[id] {
-				return nil
+			l := linked[inodeID{st.Dev, st.Ino}]
+			if l == nil {
+				l = &links{left: uint64(st.Nlink), blocks: st.Blocks}
+				linked[inodeID{st.Dev, st.Ino}] = l
 			}
-			seen[id] = true
+			l.left--
+			return nil
 		}
 		used.Inodes++
 		used.Size += st.Blocks * 512 // st_blocks counts in these units always
@@ -54,6 +60,12 @@ func measure(ctx context.Context, root string) (snapshots.Usage, error) {
 	})
 	if err != nil {
 		return snapshots.Usage{}, err
+	}
+	for _, l := range linked {
+		if l.left == 0 {
+			used.Inodes++
+			used.Size += l.blocks * 512
+		}
 	}
 	return used, nil
 }

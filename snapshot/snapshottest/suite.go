@@ -33,7 +33,7 @@ func Run(t *testing.T, name string, open func(t *testing.T, root string) snapsho
 		})
 	})
 	for _, part := range []map[string]func(*testing.T, *env){
-		contractTests, removalTests, mountTests, nameTests, raceTests,
+		contractTests, removalTests, mountTests, nameTests, raceTests, applyTests, stackTests,
 	} {
 		for title, test := range part {
 			t.Run(title, func(t *testing.T) { test(t, newEnv(t, open)) })
