@@ -145,8 +145,9 @@ func (m *Manager) executeBatch(ctx context.Context, victims []policy.Step) ([]Re
 		plan[ids[i]] = planned{revision: s.Record.Revision, size: max(s.Record.Size, 0)}
 	}
 	out := m.remove(ctx, ids, plan)
-	// Drivers that remove in the background do it now.
-	m.tidy(ctx)
+	if m.info.Lingers {
+		m.tidy(ctx)
+	}
 	return out, nil
 }
 

@@ -52,7 +52,7 @@ func Adapt(name string, s snapshots.Snapshotter, o AdaptOptions) Driver {
 		s: s, locks: locker.New(), held: map[string]bool{}, doomed: map[string]bool{},
 		info: Info{
 			Name: name, Attributes: o.Attributes, Reason: "handed in", MaxDepth: o.MaxDepth,
-			Features: map[string]bool{},
+			Features: map[string]bool{}, Lingers: true,
 		},
 	}
 	if o.Root == "" {

@@ -114,4 +114,6 @@ type Info struct {
 	Features map[string]bool
 	// MaxDepth is how many layers one mount can stack; 0 means no limit.
 	MaxDepth int
+	// Lingers says that the bytes of what was discarded may stay until Cleanup.
+	Lingers bool
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/moby/buildkit/cache"
 	"github.com/moby/buildkit/cache/metadata"
+	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/snapshot"
 	containerdsnapshot "github.com/moby/buildkit/snapshot/containerd"
 	"github.com/moby/buildkit/snapshot/imagerefchecker"
@@ -133,12 +134,20 @@ func (s *subject) Close() error {
 }
 
 func (s *subject) New(ctx context.Context, parent bench.Immutable, values ...bench.Value) (bench.Mutable, error) {
+	return s.new(ctx, parent, values)
+}
+
+func (s *subject) NewVictim(ctx context.Context, parent bench.Immutable) (bench.Mutable, error) {
+	return s.new(ctx, parent, nil, cache.WithDescription(bench.Victims))
+}
+
+func (s *subject) new(ctx context.Context, parent bench.Immutable, values []bench.Value, o ...cache.RefOption) (bench.Mutable, error) {
 	var p cache.ImmutableRef
 	if parent != nil {
 		p = parent.(*immutable).ref
 	}
 	// Without the policy a lazy commit dies with its last handle.
-	ref, err := s.Manager.New(ctx, p, nil, cache.CachePolicyRetain)
+	ref, err := s.Manager.New(ctx, p, nil, append(o, cache.CachePolicyRetain)...)
 	if err != nil {
 		return nil, err
 	}
@@ -179,6 +188,42 @@ func (s *subject) Search(ctx context.Context, key string) ([]string, error) {
 		ids = append(ids, md.ID())
 	}
 	return ids, nil
+}
+
+// Prune waits for the channel, as whoever asks the daemon does. The garbage
+// collection at its end is the peer's own.
+func (s *subject) Prune(ctx context.Context, description string, maxUsed *int64) (removed int, err error) {
+	info := client.PruneInfo{All: true}
+	if description != "" {
+		info.Filter = []string{"description==" + description}
+	}
+	if maxUsed != nil {
+		info.MaxUsedSpace = *maxUsed
+	}
+	went, counted := make(chan client.UsageInfo), make(chan struct{})
+	go func() {
+		defer close(counted)
+		for range went {
+			removed++
+		}
+	}()
+	err = s.Manager.Prune(ctx, went, info)
+	close(went)
+	<-counted
+	return removed, err
+}
+
+func (s *subject) Used(ctx context.Context) (sum int64, err error) {
+	all, err := s.Manager.DiskUsage(ctx, client.DiskUsageInfo{})
+	for _, u := range all {
+		sum += u.Size
+	}
+	return sum, err
+}
+
+func (s *subject) List(ctx context.Context) (int, error) {
+	all, err := s.Manager.DiskUsage(ctx, client.DiskUsageInfo{})
+	return len(all), err
 }
 
 type mutable struct {

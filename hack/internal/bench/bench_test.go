@@ -41,11 +41,19 @@ func TestAllOperations(t *testing.T) {
 		Dir: dir, Sizes: []int{11, 23}, Rounds: 2,
 	}
 	tx, syncs := map[string]float64{}, map[string]float64{}
-	var names []string
+	var names, beside []string
 	require.NoError(t, bench.Run(t.Context(), c, func(r bench.Result) error {
 		require.Len(t, r.Figures, 2)
 		require.Equal(t, bench.Limit, r.Figures[1].Subject)
 		require.NotEmpty(t, r.Note)
+		if strings.HasPrefix(r.Name, "beside-prune") {
+			// Percentiles beside the prune of a state, which is gone then.
+			require.Less(t, r.Figures[0].Transactions, 1.0)
+			require.Positive(t, r.Figures[0].Samples)
+			require.Positive(t, r.Figures[1].Samples)
+			beside = append(beside, r.Name)
+			return nil
+		}
 		for _, f := range r.Figures {
 			require.Positive(t, f.Samples)
 			require.Positive(t, f.Median)
@@ -69,10 +77,12 @@ func TestAllOperations(t *testing.T) {
 		}
 		return nil
 	}))
-	require.Equal(t, append([]string{"open"}, bench.Names()...), names)
+	require.Equal(t, []string{"beside-prune", "beside-prune-get", "beside-prune-release"}, beside)
+	require.Equal(t, append([]string{"open", "usage-total", "usage-list"}, bench.Names()...), append(names, "beside-prune"))
 	require.Equal(t, map[string]float64{
 		"new": 0, "new-commit-release": 1, "commit": 1, "finalize": 1, "reopen": 1, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 1, "open": 0, "throughput": 1,
+		"usage-total": 0, "usage-list": 0, "prune": 2.0 / 64, "prune-to-size": 1.0 / 32,
 	}, tx)
 
 	left, err := filepath.Glob(filepath.Join(dir, "*"))
@@ -85,6 +95,7 @@ func TestAllOperations(t *testing.T) {
 	require.Equal(t, map[string]float64{
 		"new": 0, "new-commit-release": 2, "commit": 2, "finalize": 2, "reopen": 2, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 2, "open": 0, "throughput": 2,
+		"usage-total": 0, "usage-list": 0, "prune": 4.0 / 64, "prune-to-size": 2.0 / 32,
 	}, syncs)
 }
 

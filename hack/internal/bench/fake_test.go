@@ -70,6 +70,16 @@ func (f *fake) Search(_ context.Context, key string) ([]string, error) {
 	return nil, os.ErrNotExist
 }
 
+func (f *fake) NewVictim(ctx context.Context, parent bench.Immutable) (bench.Mutable, error) {
+	return f.New(ctx, parent)
+}
+
+func (f *fake) Prune(context.Context, string, *int64) (int, error) { return 0, nil }
+
+func (f *fake) Used(context.Context) (int64, error) { return 0, nil }
+
+func (f *fake) List(context.Context) (int, error) { return 0, nil }
+
 func (f *fake) Close() error { return nil }
 
 type (

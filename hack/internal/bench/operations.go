@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 )
 
@@ -29,6 +30,9 @@ type operation struct {
 	// prepare does what is not measured and returns what is. after undoes
 	// it, not measured either. It is called for each of the batch.
 	prepare func(ctx context.Context, w *world, n int) (sample, error)
+	// destroys marks the operation that is measured on all states at once and
+	// leaves nothing of them.
+	destroys bool
 	// limit is the same for the least that the disk and the kernel must do.
 	limit func(ctx context.Context, l *limits, n int) (sample, error)
 }
@@ -39,6 +43,11 @@ type sample struct{ run, after func(context.Context) error }
 // operations lists all, in the order in which they are measured. Names are
 // part of what --json promises.
 func operations() []operation {
+	return slices.Concat(lifeOperations(), usageOperations(), []operation{{name: besidePrune, destroys: true}})
+}
+
+// lifeOperations are those on single records.
+func lifeOperations() []operation {
 	return []operation{
 		{
 			name: "new", batch: 1, prepare: prepareNew, limit: limitNew,

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/jedib0t/go-pretty/v6/table"
@@ -88,15 +89,21 @@ func writeTable(out io.Writer, results []Result) {
 	t.Style().Format.Header = text.FormatDefault
 	t.Style().Options.DrawBorder = false
 
+	var subjects []string
+	for _, s := range []string{Ours, Peer, Limit} {
+		if slices.ContainsFunc(results, func(r Result) bool { return r.of(s) != nil }) {
+			subjects = append(subjects, s)
+		}
+	}
 	head := table.Row{"operation", "n"}
-	for _, f := range results[0].Figures {
-		head = append(head, f.Subject, "10 % – 90 %")
-		if f.Subject != Limit {
+	for _, s := range subjects {
+		head = append(head, s, "10 % – 90 %")
+		if s != Limit {
 			head = append(head, "tx", "syncs")
 		}
 	}
-	for _, f := range results[0].Figures[1:] {
-		head = append(head, "/ "+f.Subject)
+	for _, s := range subjects[1:] {
+		head = append(head, "/ "+s)
 	}
 	var columns []table.ColumnConfig
 	for i := range head[1:] {
@@ -106,14 +113,15 @@ func writeTable(out io.Writer, results []Result) {
 	t.SetColumnConfigs(columns)
 	for _, r := range results {
 		row := table.Row{r.Name, r.N}
-		for _, f := range r.Figures {
-			row = append(row, show(f.Median), show(f.Low)+" – "+show(f.High))
-			if f.Subject != Limit {
-				row = append(row, fmt.Sprintf("%.3g", f.Transactions), showSyncs(f.Syncs))
-			}
+		for _, s := range subjects {
+			row = append(row, cells(s, r.of(s))...)
 		}
-		for _, f := range r.Figures[1:] {
-			row = append(row, fmt.Sprintf("%.2g", float64(r.Figures[0].Median)/float64(max(f.Median, 1))))
+		for _, s := range subjects[1:] {
+			ratio := ""
+			if first, f := r.of(subjects[0]), r.of(s); first != nil && f != nil {
+				ratio = fmt.Sprintf("%.2g", float64(first.Median)/float64(max(f.Median, 1)))
+			}
+			row = append(row, ratio)
 		}
 		t.AppendRow(row)
 	}
@@ -126,6 +134,22 @@ func writeTable(out io.Writer, results []Result) {
 		}
 		noted = r.Name
 	}
+}
+
+// cells are those of a subject in one row, empty if it was not measured.
+func cells(subject string, f *Figure) table.Row {
+	row := table.Row{"", ""}
+	if subject != Limit {
+		row = append(row, "", "")
+	}
+	if f == nil {
+		return row
+	}
+	row[0], row[1] = show(f.Median), show(f.Low)+" – "+show(f.High)
+	if subject != Limit {
+		row[2], row[3] = fmt.Sprintf("%.3g", f.Transactions), showSyncs(f.Syncs)
+	}
+	return row
 }
 
 func showSyncs(n *float64) string {

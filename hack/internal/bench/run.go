@@ -60,7 +60,8 @@ func (r Result) of(subject string) *Figure {
 // Figure is the cost of one operation on one subject.
 type Figure struct {
 	Subject string
-	// Median, Low and High are the median, the 10th and the 90th percentile.
+	// Median, Low and High are the median, the 10th and the 90th percentile;
+	// beside a prune the 99th, the median and the longest.
 	Median, Low, High time.Duration
 	// Transactions and Syncs are the median numbers of write transactions
 	// and of fsync, fdatasync and syncfs calls; of the latter nil if nobody
@@ -157,6 +158,19 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 	// What building wrote must not be paid for by the first sync measured.
 	unix.Sync()
 	for _, op := range ops {
+		if op.destroys {
+			c.progress(fmt.Sprintf("%s, n = %d", op.name, size))
+			results, err := c.beside(ctx, worlds, size)
+			if err != nil {
+				return fmt.Errorf("%s: %w", op.name, err)
+			}
+			for _, r := range results {
+				if err := report(r); err != nil {
+					return err
+				}
+			}
+			continue
+		}
 		ns := op.ns
 		if ns == nil {
 			ns = []int{size}

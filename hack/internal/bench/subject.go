@@ -37,9 +37,22 @@ type Subject interface {
 	GetMutable(ctx context.Context, id string) (Mutable, error)
 	// Search returns the ids of the records with a value indexed by key.
 	Search(ctx context.Context, key string) ([]string, error)
+	// NewVictim is New of a record whose description is Victims.
+	NewVictim(ctx context.Context, parent Immutable) (Mutable, error)
+	// Prune removes the records of this description that nobody holds, or all
+	// if it is empty, until the store uses no more than maxUsed bytes if that is
+	// not nil, and says how many went. Their space is free when it returns.
+	Prune(ctx context.Context, description string, maxUsed *int64) (removed int, err error)
+	// Used is what all records occupy, in bytes.
+	Used(ctx context.Context) (int64, error)
+	// List lists all records with their sizes, and says how many there are.
+	List(ctx context.Context) (records int, err error)
 	// Close waits for all that is under way.
 	Close() error
 }
+
+// Victims describes the records that samples of a prune remove.
+const Victims = "victim"
 
 // Value is a datum of a record that Search finds by Index.
 type Value struct{ Name, Data, Index string }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/cache/policy"
 	"github.com/lamina-build/lamina/hack/internal/bench"
 )
 
@@ -31,13 +32,21 @@ func Opener() bench.Opener {
 type subject struct{ m *cache.Manager }
 
 func (s subject) New(ctx context.Context, parent bench.Immutable, values ...bench.Value) (bench.Mutable, error) {
-	var ref *cache.ImmutableRef
-	if parent != nil {
-		ref = parent.(immutable).ref
-	}
 	var o cache.NewOptions
 	for _, v := range values {
 		o.Values = append(o.Values, value(v))
+	}
+	return s.new(ctx, parent, o)
+}
+
+func (s subject) NewVictim(ctx context.Context, parent bench.Immutable) (bench.Mutable, error) {
+	return s.new(ctx, parent, cache.NewOptions{Description: bench.Victims})
+}
+
+func (s subject) new(ctx context.Context, parent bench.Immutable, o cache.NewOptions) (bench.Mutable, error) {
+	var ref *cache.ImmutableRef
+	if parent != nil {
+		ref = parent.(immutable).ref
 	}
 	mut, err := s.m.New(ctx, ref, o)
 	if err != nil {
@@ -82,10 +91,35 @@ func (s subject) Search(ctx context.Context, key string) ([]string, error) {
 	return ids, nil
 }
 
+func (s subject) Prune(ctx context.Context, description string, maxUsed *int64) (int, error) {
+	p := policy.Policy{All: true}
+	if description != "" {
+		p.Filters = []string{"description==" + description}
+	}
+	if maxUsed != nil {
+		p.MaxUsed = policy.Bytes(*maxUsed)
+	}
+	sum, err := s.m.Prune(ctx, p)
+	return sum.Removed, err
+}
+
+func (s subject) Used(ctx context.Context) (int64, error) { return s.m.Used(ctx) }
+
+func (s subject) List(ctx context.Context) (int, error) {
+	u, err := s.m.DiskUsage(ctx, nil)
+	if err != nil {
+		return 0, err
+	}
+	return len(u.Entries), nil
+}
+
 // Close marks what was made as durable first, as a daemon has long done in the
 // background with a state of some age.
 func (s subject) Close() error {
+	// So are sizes.
+	_, merr := s.m.Measure(context.Background())
 	_, err := s.m.Sync(context.Background())
+	err = errors.Join(err, merr)
 	return errors.Join(err, s.m.Close())
 }
 
