@@ -142,6 +142,17 @@ func (m *Manager) useLocked(e *entry) {
 	e.lives++
 }
 
+// announce makes the entry of a record that is about to be written, in use
+// until done: from its transaction on others see the record, and nobody may
+// remove or reopen it before it has its first handle.
+func (m *Manager) announce(id metadata.ID) (e *entry, done func()) {
+	m.lock()
+	defer m.unlock()
+	e = m.entryLocked(id)
+	e.uses++ // with the life that entryLocked counted
+	return e, func() { m.unuse(e) }
+}
+
 func (m *Manager) unuseLocked(e *entry) {
 	m.assertLocked()
 	e.uses--

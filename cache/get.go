@@ -34,6 +34,9 @@ func (m *Manager) Get(ctx context.Context, id ID, o GetOptions) (*ImmutableRef, 
 					return &LockedError{ID: e.id, Holders: m.holdersLocked(e)}
 				}
 			}
+			if !e.recorded {
+				return fmt.Errorf("it was given up: %w", errdefs.ErrNotFound)
+			}
 			return fmt.Errorf("it is mutable, commit it first: %w", errdefs.ErrFailedPrecondition)
 		}
 		h = m.handleLocked(e, HolderImmutable)

@@ -47,3 +47,13 @@ func TestHistories(t *testing.T) {
 		})
 	}
 }
+
+// Whatever several clients see of one cache, they could have seen one after the
+// other.
+func TestLinearizable(t *testing.T) {
+	o := cachetest.Options{Histories: 1000, Dir: fastDir(t)}
+	if os.Getenv("LAMINA_TEST_FULL") != "" {
+		o.Histories, o.Seed = 20_000, seed(t)
+	}
+	cachetest.RunConcurrent(t, cachetest.Memory(), o)
+}

@@ -104,6 +104,8 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 	}
 	rec.ID = m.store.NewID()
 	rec.Key = activeKey(rec.ID)
+	e, done := m.announce(rec.ID)
+	defer done()
 	if err := m.marks.setDirty(); err != nil {
 		return nil, err
 	}
@@ -119,8 +121,6 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 
 	m.lock()
 	defer m.unlock()
-	e := m.entryLocked(rec.ID)
-	defer m.dropLocked(e)
 	e.rec, e.recorded = rec, o.Retain
 	if pe != nil && !o.Retain {
 		m.useLocked(pe)

@@ -112,22 +112,22 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 	}
 	gone := false
 	defer func() { leave(gone) }() // also if o.Edit panics
-	next, err := m.replace(ctx, e.id, o)
+	id = m.store.NewID()
+	ne, done := m.announce(id)
+	defer done()
+	next, err := m.replace(ctx, e.id, id, o)
 	if err != nil {
 		return nil, err
 	}
 	gone = true
 	m.lock()
 	defer m.unlock()
-	ne := m.entryLocked(next.ID)
-	defer m.dropLocked(ne)
 	ne.rec, ne.recorded = next, true
 	return &MutableRef{h: m.handleLocked(ne, HolderMutable)}, nil
 }
 
 // replace is the transaction of a reopen.
-func (m *Manager) replace(ctx context.Context, old ID, o ReopenOptions) (*Record, error) {
-	id := m.store.NewID()
+func (m *Manager) replace(ctx context.Context, old, id ID, o ReopenOptions) (*Record, error) {
 	var next *Record
 	err := m.store.Update(ctx, func(tx *metadata.Tx) error {
 		if n := tx.ChildCount(old); n > 0 {
