@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"runtime"
 
@@ -236,7 +235,7 @@ type mutable struct {
 
 func (m *mutable) ID() string { return m.ref.ID() }
 
-func (m *mutable) WriteFile(ctx context.Context, name string, data []byte) error {
+func (m *mutable) Change(ctx context.Context, change func(dir string) error) error {
 	mountable, err := m.ref.Mount(ctx, false, nil)
 	if err != nil {
 		return err
@@ -246,8 +245,7 @@ func (m *mutable) WriteFile(ctx context.Context, name string, data []byte) error
 	if err != nil {
 		return err
 	}
-	err = os.WriteFile(filepath.Join(dir, name), data, 0o600)
-	return errors.Join(err, mounter.Unmount())
+	return errors.Join(change(dir), mounter.Unmount())
 }
 
 func (m *mutable) Commit(ctx context.Context) (bench.Immutable, error) {

@@ -2,7 +2,9 @@ package peer_test
 
 import (
 	"context"
+	"errors"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -37,7 +39,9 @@ func TestSubjectsAgree(t *testing.T) {
 			// A base with a file, committed, found by its index, finalized.
 			mut, err := s.New(ctx, nil, bench.Value{Name: "v", Data: "1", Index: "key/1"})
 			require.NoError(t, err)
-			require.NoError(t, mut.WriteFile(ctx, "file", []byte("text")))
+			require.NoError(t, mut.Change(ctx, func(dir string) error {
+				return os.WriteFile(filepath.Join(dir, "file"), []byte("text"), 0o600)
+			}))
 			base, err := mut.Commit(ctx)
 			require.NoError(t, err)
 			require.NoError(t, base.Finalize(ctx))
@@ -78,6 +82,58 @@ func TestSubjectsAgree(t *testing.T) {
 				require.NoError(t, child.Release(ctx))
 			}
 			require.NoError(t, s.Close())
+		})
+	}
+}
+
+// TestSubjectsHashAlike compares content hashes, whatever became of what was
+// known.
+func TestSubjectsHashAlike(t *testing.T) {
+	needsRoot(t)
+	var want []string
+	for _, o := range []bench.Opener{peer.Opener(), ours.Opener()} {
+		t.Run(o.Name, func(t *testing.T) {
+			ctx := t.Context()
+			s, err := o.Open(ctx, t.TempDir())
+			require.NoError(t, err)
+			var got []string
+			ask := func(imm bench.Immutable) {
+				d, err := imm.Checksum(ctx)
+				require.NoError(t, err)
+				got = append(got, d)
+			}
+			mut, err := s.New(ctx, nil)
+			require.NoError(t, err)
+			require.NoError(t, mut.Change(ctx, func(dir string) error {
+				return os.WriteFile(filepath.Join(dir, "file"), []byte("text"), 0o644)
+			}))
+			base, err := mut.Commit(ctx)
+			require.NoError(t, err)
+			ask(base)
+			require.NoError(t, base.ForgetChecksum(ctx, false))
+			ask(base)
+			require.NoError(t, base.ForgetChecksum(ctx, true))
+			ask(base)
+			require.NoError(t, base.Finalize(ctx))
+			ask(base)
+			mut, err = s.New(ctx, base)
+			require.NoError(t, err)
+			require.NoError(t, mut.Change(ctx, func(dir string) error {
+				return os.WriteFile(filepath.Join(dir, "file"), []byte("other"), 0o644)
+			}))
+			child, err := mut.Commit(ctx)
+			require.NoError(t, err)
+			ask(child)
+			require.NoError(t, base.ReportChange(ctx, "file", []byte("reported")))
+			require.NoError(t, base.ForgetChecksum(ctx, false))
+			ask(base)
+			require.NoError(t, errors.Join(base.Release(ctx), child.Release(ctx), s.Close()))
+			if want == nil {
+				want = got
+			}
+			require.Equal(t, want, got)
+			require.Equal(t, got[0], got[3])
+			require.NotEqual(t, got[0], got[4])
 		})
 	}
 }

@@ -38,7 +38,7 @@ func TestAllOperations(t *testing.T) {
 	dir := t.TempDir()
 	c := bench.Config{
 		Openers: []bench.Opener{ours.Opener()}, Limits: true, Syncs: counted,
-		Dir: dir, Sizes: []int{11, 23}, Rounds: 2,
+		Dir: dir, Sizes: []int{11, 23}, Files: 120, Rounds: 2,
 	}
 	tx, syncs := map[string]float64{}, map[string]float64{}
 	var names, beside []string
@@ -71,6 +71,9 @@ func TestAllOperations(t *testing.T) {
 			require.Less(t, f.Transactions, 1.0)
 			return nil
 		}
+		if r.Name == "checksum-cold" || r.Name == "checksum-child" || r.Name == "checksum-after-finalize" {
+			return nil // what was learned may be stored before the clock is read
+		}
 		tx[r.Name] = f.Transactions
 		if f.Syncs != nil {
 			syncs[r.Name] = *f.Syncs
@@ -83,6 +86,7 @@ func TestAllOperations(t *testing.T) {
 		"new": 0, "new-commit-release": 1, "commit": 1, "finalize": 1, "reopen": 1, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 1, "open": 0, "throughput": 1,
 		"usage-total": 0, "usage-list": 0, "prune": 2.0 / 64, "prune-to-size": 1.0 / 32,
+		"checksum-memory": 0, "checksum-stored": 0, "checksum-one-change": 1,
 	}, tx)
 
 	left, err := filepath.Glob(filepath.Join(dir, "*"))
@@ -96,6 +100,7 @@ func TestAllOperations(t *testing.T) {
 		"new": 0, "new-commit-release": 2, "commit": 2, "finalize": 2, "reopen": 2, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 2, "open": 0, "throughput": 2,
 		"usage-total": 0, "usage-list": 0, "prune": 4.0 / 64, "prune-to-size": 2.0 / 32,
+		"checksum-memory": 0, "checksum-stored": 0, "checksum-one-change": 2,
 	}, syncs)
 }
 

@@ -87,13 +87,17 @@ type (
 	fakeImm string
 )
 
-func (r fakeRef) ID() string                                      { return string(r) }
-func (r fakeRef) WriteFile(context.Context, string, []byte) error { return nil }
-func (r fakeRef) Commit(context.Context) (bench.Immutable, error) { return fakeImm(r), nil }
-func (r fakeRef) Release(context.Context) error                   { return nil }
+func (r fakeRef) ID() string                                       { return string(r) }
+func (r fakeRef) Change(context.Context, func(string) error) error { return nil }
+func (r fakeRef) Commit(context.Context) (bench.Immutable, error)  { return fakeImm(r), nil }
+func (r fakeRef) Release(context.Context) error                    { return nil }
 
 func (i fakeImm) ID() string                                  { return string(i) }
 func (i fakeImm) ReopenID() string                            { return string(i) }
 func (i fakeImm) Finalize(context.Context) error              { return nil }
 func (i fakeImm) SetValue(context.Context, bench.Value) error { return nil }
 func (i fakeImm) Release(context.Context) error               { return nil }
+
+func (i fakeImm) Checksum(context.Context) (string, error)           { return "digest", nil }
+func (i fakeImm) ForgetChecksum(context.Context, bool) error         { return nil }
+func (i fakeImm) ReportChange(context.Context, string, []byte) error { return nil }

@@ -129,6 +129,7 @@ func parse(args []string, env Environment) (*settings, error) {
 	flags.StringVar(&s.disk, "disk", "", "loop: a new ext4 file system in a file below the directory, for which root is needed")
 	flags.IntVar(&s.Rounds, "rounds", 0, "the `number` of samples of each operation; 40, or 15 with --quick, if zero")
 	flags.Func("sizes", "the `numbers` of records in the states, ascending, with commas; 1000,10000, or 1000 with --quick", s.parseSizes)
+	flags.IntVar(&s.Files, "files", 0, "the `number` of files of the trees whose content hashes are asked for; 50000, or 5000 with --quick, if zero")
 	flags.Func("only", "measure only the operation `NAME`; may be given several times, or with commas", func(v string) error {
 		s.Only = append(s.Only, strings.Split(v, ",")...)
 		return nil
@@ -178,9 +179,12 @@ func (s *settings) check(rest []string) error {
 const quickPatience = 1500 * time.Millisecond
 
 func (s *settings) setSizes() {
-	sizes, rounds := []int{1000, 10_000}, 40
+	sizes, rounds, files := []int{1000, 10_000}, 40, 50_000
 	if s.quick {
-		sizes, rounds, s.Patience = []int{1000}, 15, quickPatience
+		sizes, rounds, files, s.Patience = []int{1000}, 15, 5000, quickPatience
+	}
+	if s.Files <= 0 {
+		s.Files = files
 	}
 	if len(s.Sizes) == 0 {
 		s.Sizes = sizes

@@ -24,6 +24,8 @@ type operation struct {
 	// ns are the numbers to measure it with where they are not that of the
 	// records in the state.
 	ns []int
+	// sizes gives ns where they depend on the configuration.
+	sizes func(c *Config) []int
 	// everySize says that it is measured on each size of the state; others
 	// are measured on the largest only.
 	everySize bool
@@ -43,7 +45,7 @@ type sample struct{ run, after func(context.Context) error }
 // operations lists all, in the order in which they are measured. Names are
 // part of what --json promises.
 func operations() []operation {
-	return slices.Concat(lifeOperations(), usageOperations(), []operation{{name: besidePrune, destroys: true}})
+	return slices.Concat(lifeOperations(), checksumOperations(), usageOperations(), []operation{{name: besidePrune, destroys: true}})
 }
 
 // lifeOperations are those on single records.

@@ -25,6 +25,9 @@ type Config struct {
 	Dir string
 	// Sizes are the numbers of records in the states, ascending.
 	Sizes []int
+	// Files is the number of files in trees whose content hashes are asked
+	// for.
+	Files int
 	// Rounds is the number of samples of each operation.
 	Rounds int
 	// Patience bounds the time for the rounds of one operation, if positive:
@@ -172,6 +175,9 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 			continue
 		}
 		ns := op.ns
+		if op.sizes != nil {
+			ns = op.sizes(c)
+		}
 		if ns == nil {
 			ns = []int{size}
 		}

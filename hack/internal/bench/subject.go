@@ -60,8 +60,8 @@ type Value struct{ Name, Data, Index string }
 // Mutable is the writer's handle on a snapshot.
 type Mutable interface {
 	ID() string
-	// WriteFile mounts the snapshot, writes one file and unmounts it.
-	WriteFile(ctx context.Context, name string, data []byte) error
+	// Change mounts the snapshot, changes what is in it and unmounts it.
+	Change(ctx context.Context, change func(dir string) error) error
 	// Commit consumes the handle.
 	Commit(ctx context.Context) (Immutable, error)
 	Release(ctx context.Context) error
@@ -76,6 +76,15 @@ type Immutable interface {
 	Finalize(ctx context.Context) error
 	SetValue(ctx context.Context, v Value) error
 	Release(ctx context.Context) error
+
+	// Checksum is the content hash of the whole tree.
+	Checksum(ctx context.Context) (string, error)
+	// ForgetChecksum forgets what is known of the content hashes: what is in
+	// memory only, which is stored first, or with all what is stored, too.
+	ForgetChecksum(ctx context.Context, all bool) error
+	// ReportChange tells that a file, mode 0644 of root, has this content now,
+	// computes the digest of the whole tree and stores what changed.
+	ReportChange(ctx context.Context, name string, data []byte) error
 }
 
 // transactions is the number of write transactions that the bbolt files saw

@@ -67,7 +67,7 @@ func (w *world) makeVictims(ctx context.Context, n int) error {
 		if err != nil {
 			return err
 		}
-		if err := mut.WriteFile(ctx, "file", make([]byte, fileSize)); err != nil {
+		if err := writeFile(ctx, mut, "file", make([]byte, fileSize)); err != nil {
 			return errors.Join(err, mut.Release(ctx))
 		}
 		imm, err := mut.Commit(ctx)

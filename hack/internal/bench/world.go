@@ -25,6 +25,8 @@ type world struct {
 	tips []string
 	// depths are records at the end of longer chains, by their length.
 	depths map[int]string
+	// trees are finalized records with many files, by their number, held.
+	trees map[int]Immutable
 	// turn picks another record for each sample.
 	turn int
 }
@@ -45,6 +47,7 @@ func newWorld(ctx context.Context, o Opener, dir string, n int) (_ *world, err e
 		opener: o,
 		dir:    filepath.Join(dir, fmt.Sprintf("%s-%d", o.Name, n)),
 		depths: map[int]string{},
+		trees:  map[int]Immutable{},
 	}
 	if err := os.Mkdir(w.dir, 0o700); err != nil {
 		return nil, err
@@ -167,7 +170,7 @@ func (w *world) finalized(ctx context.Context, parent Immutable, values []Value,
 	if err != nil {
 		return nil, err
 	}
-	if err := mut.WriteFile(ctx, file, make([]byte, fileSize)); err != nil {
+	if err := writeFile(ctx, mut, file, make([]byte, fileSize)); err != nil {
 		return nil, errors.Join(err, mut.Release(ctx))
 	}
 	imm, err := mut.Commit(ctx)
@@ -178,6 +181,13 @@ func (w *world) finalized(ctx context.Context, parent Immutable, values []Value,
 		return nil, errors.Join(err, imm.Release(ctx))
 	}
 	return imm, nil
+}
+
+// writeFile writes one file into a snapshot.
+func writeFile(ctx context.Context, mut Mutable, name string, data []byte) error {
+	return mut.Change(ctx, func(dir string) error {
+		return os.WriteFile(filepath.Join(dir, name), data, 0o600)
+	})
 }
 
 // next picks the place of another record for each call, in an order that is
@@ -213,8 +223,11 @@ func (w *world) hold(ctx context.Context) (err error) {
 
 func (w *world) close(ctx context.Context) error {
 	var err error
+	for _, imm := range w.trees {
+		err = errors.Join(err, imm.Release(ctx))
+	}
 	if w.base != nil {
-		err = w.base.Release(ctx)
+		err = errors.Join(err, w.base.Release(ctx))
 	}
 	if w.subject != nil {
 		err = errors.Join(err, w.subject.Close())

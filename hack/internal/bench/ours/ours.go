@@ -4,11 +4,12 @@ package ours
 import (
 	"context"
 	"errors"
-	"os"
 	"path/filepath"
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/cache/policy"
+	"github.com/lamina-build/lamina/checksum"
+	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/hack/internal/bench"
 )
 
@@ -19,19 +20,26 @@ func Opener() bench.Opener {
 		Name:     bench.Ours,
 		Portable: true,
 		Open: func(ctx context.Context, dir string) (bench.Subject, error) {
-			m, err := cache.Open(ctx, cache.Options{Root: dir, SyncInterval: -1})
+			m, err := cache.Open(ctx, cache.Options{Root: dir, SyncInterval: -1, Unconfirm: contenthash.UnconfirmStored})
 			if err != nil {
 				return nil, err
 			}
-			return subject{m}, nil
+			s := &subject{m: m, reported: map[cache.ID]*checksum.Tree{}}
+			s.sums = checksum.New(m, checksum.Options{})
+			return s, nil
 		},
 		Databases: func(dir string) []string { return []string{filepath.Join(dir, "lamina.db")} },
 	}
 }
 
-type subject struct{ m *cache.Manager }
+type subject struct {
+	m    *cache.Manager
+	sums *checksum.Keeper
+	// reported are the trees that changes were reported to.
+	reported map[cache.ID]*checksum.Tree
+}
 
-func (s subject) New(ctx context.Context, parent bench.Immutable, values ...bench.Value) (bench.Mutable, error) {
+func (s *subject) New(ctx context.Context, parent bench.Immutable, values ...bench.Value) (bench.Mutable, error) {
 	var o cache.NewOptions
 	for _, v := range values {
 		o.Values = append(o.Values, value(v))
@@ -39,11 +47,11 @@ func (s subject) New(ctx context.Context, parent bench.Immutable, values ...benc
 	return s.new(ctx, parent, o)
 }
 
-func (s subject) NewVictim(ctx context.Context, parent bench.Immutable) (bench.Mutable, error) {
+func (s *subject) NewVictim(ctx context.Context, parent bench.Immutable) (bench.Mutable, error) {
 	return s.new(ctx, parent, cache.NewOptions{Description: bench.Victims})
 }
 
-func (s subject) new(ctx context.Context, parent bench.Immutable, o cache.NewOptions) (bench.Mutable, error) {
+func (s *subject) new(ctx context.Context, parent bench.Immutable, o cache.NewOptions) (bench.Mutable, error) {
 	var ref *cache.ImmutableRef
 	if parent != nil {
 		ref = parent.(immutable).ref
@@ -52,34 +60,34 @@ func (s subject) new(ctx context.Context, parent bench.Immutable, o cache.NewOpt
 	if err != nil {
 		return nil, err
 	}
-	return mutable{mut}, nil
+	return mutable{s, mut}, nil
 }
 
-func (s subject) Get(ctx context.Context, id string) (bench.Immutable, error) {
+func (s *subject) Get(ctx context.Context, id string) (bench.Immutable, error) {
 	return s.get(ctx, id, cache.GetOptions{})
 }
 
-func (s subject) Look(ctx context.Context, id string) (bench.Immutable, error) {
+func (s *subject) Look(ctx context.Context, id string) (bench.Immutable, error) {
 	return s.get(ctx, id, cache.GetOptions{NoUpdate: true})
 }
 
-func (s subject) get(ctx context.Context, id string, o cache.GetOptions) (bench.Immutable, error) {
+func (s *subject) get(ctx context.Context, id string, o cache.GetOptions) (bench.Immutable, error) {
 	ref, err := s.m.Get(ctx, cache.ID(id), o)
 	if err != nil {
 		return nil, err
 	}
-	return immutable{ref}, nil
+	return immutable{s, ref}, nil
 }
 
-func (s subject) GetMutable(ctx context.Context, id string) (bench.Mutable, error) {
+func (s *subject) GetMutable(ctx context.Context, id string) (bench.Mutable, error) {
 	mut, err := s.m.GetMutable(ctx, cache.ID(id))
 	if err != nil {
 		return nil, err
 	}
-	return mutable{mut}, nil
+	return mutable{s, mut}, nil
 }
 
-func (s subject) Search(ctx context.Context, key string) ([]string, error) {
+func (s *subject) Search(ctx context.Context, key string) ([]string, error) {
 	found, err := s.m.Search(ctx, key)
 	if err != nil {
 		return nil, err
@@ -91,7 +99,7 @@ func (s subject) Search(ctx context.Context, key string) ([]string, error) {
 	return ids, nil
 }
 
-func (s subject) Prune(ctx context.Context, description string, maxUsed *int64) (int, error) {
+func (s *subject) Prune(ctx context.Context, description string, maxUsed *int64) (int, error) {
 	p := policy.Policy{All: true}
 	if description != "" {
 		p.Filters = []string{"description==" + description}
@@ -103,9 +111,9 @@ func (s subject) Prune(ctx context.Context, description string, maxUsed *int64) 
 	return sum.Removed, err
 }
 
-func (s subject) Used(ctx context.Context) (int64, error) { return s.m.Used(ctx) }
+func (s *subject) Used(ctx context.Context) (int64, error) { return s.m.Used(ctx) }
 
-func (s subject) List(ctx context.Context) (int, error) {
+func (s *subject) List(ctx context.Context) (int, error) {
 	u, err := s.m.DiskUsage(ctx, nil)
 	if err != nil {
 		return 0, err
@@ -115,25 +123,27 @@ func (s subject) List(ctx context.Context) (int, error) {
 
 // Close marks what was made as durable first, as a daemon has long done in the
 // background with a state of some age.
-func (s subject) Close() error {
+func (s *subject) Close() error {
+	err := s.sums.Close()
 	// So are sizes.
 	_, merr := s.m.Measure(context.Background())
-	_, err := s.m.Sync(context.Background())
-	err = errors.Join(err, merr)
-	return errors.Join(err, s.m.Close())
+	_, serr := s.m.Sync(context.Background())
+	return errors.Join(err, merr, serr, s.m.Close())
 }
 
-type mutable struct{ ref *cache.MutableRef }
+type mutable struct {
+	s   *subject
+	ref *cache.MutableRef
+}
 
 func (m mutable) ID() string { return string(m.ref.ID()) }
 
-func (m mutable) WriteFile(ctx context.Context, name string, data []byte) error {
+func (m mutable) Change(ctx context.Context, change func(dir string) error) error {
 	mnt, err := m.ref.Mount(ctx, cache.MountOptions{})
 	if err != nil {
 		return err
 	}
-	err = os.WriteFile(filepath.Join(mnt.Path(), name), data, 0o600)
-	return errors.Join(err, mnt.Unmount())
+	return errors.Join(change(mnt.Path()), mnt.Unmount())
 }
 
 func (m mutable) Commit(ctx context.Context) (bench.Immutable, error) {
@@ -141,12 +151,15 @@ func (m mutable) Commit(ctx context.Context) (bench.Immutable, error) {
 	if err != nil {
 		return nil, err
 	}
-	return immutable{ref}, nil
+	return immutable{m.s, ref}, nil
 }
 
 func (m mutable) Release(ctx context.Context) error { return m.ref.Release(ctx) }
 
-type immutable struct{ ref *cache.ImmutableRef }
+type immutable struct {
+	s   *subject
+	ref *cache.ImmutableRef
+}
 
 func (i immutable) ID() string { return string(i.ref.ID()) }
 
@@ -160,6 +173,43 @@ func (i immutable) SetValue(ctx context.Context, v bench.Value) error {
 }
 
 func (i immutable) Release(ctx context.Context) error { return i.ref.Release(ctx) }
+
+func (i immutable) Checksum(ctx context.Context) (string, error) {
+	d, err := i.s.sums.Checksum(ctx, i.ref, "/", contenthash.Options{})
+	return d.String(), err
+}
+
+// ForgetChecksum forgets all trees that are in memory: they come back when they
+// are asked for.
+func (i immutable) ForgetChecksum(ctx context.Context, all bool) error {
+	err := i.s.sums.Close()
+	if all {
+		err = errors.Join(err, checksum.Drop(ctx, i.s.m, i.ref.ID()))
+	}
+	i.s.sums = checksum.New(i.s.m, checksum.Options{})
+	return err
+}
+
+func (i immutable) ReportChange(ctx context.Context, name string, data []byte) (err error) {
+	tree := i.s.reported[i.ref.ID()]
+	if tree == nil {
+		if tree, err = checksum.Load(ctx, i.s.m, i.ref); err != nil {
+			return err
+		}
+		i.s.reported[i.ref.ID()] = tree
+	}
+	h := contenthash.NewHash(contenthash.Header{Mode: 0o644, Size: int64(len(data))})
+	if _, err := h.Write(data); err != nil {
+		return err
+	}
+	if err := tree.HandleChange(contenthash.Change{Kind: contenthash.Modify, Path: name, Mode: 0o644, Digest: h.Digest()}); err != nil {
+		return err
+	}
+	if _, err := tree.Checksum(ctx, checksum.Files(i.ref), "/", contenthash.Options{}); err != nil {
+		return err
+	}
+	return tree.Save(ctx, i.s.m)
+}
 
 func value(v bench.Value) cache.Value {
 	return cache.Value{Name: v.Name, Data: []byte(v.Data), Index: v.Index}
