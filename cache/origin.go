@@ -31,6 +31,9 @@ type Origin struct {
 	Migrated time.Time `json:"migrated"`
 	// Files are the databases of the other system, as they were.
 	Files []OriginFile `json:"files"`
+	// Adopted is a digest of what was taken over, by which one who wants it back
+	// knows whether all of it is still there.
+	Adopted string `json:"adopted"`
 }
 
 // OriginFile is the state of a bbolt database of another system.

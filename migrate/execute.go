@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"iter"
+	"maps"
 	"os"
 	"path/filepath"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/checksum"
 	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/migrate/buildkit"
@@ -230,13 +232,11 @@ func (x *execution) attachments(it *item) (map[string][]byte, error) {
 	if !found && !x.p.Ownerless {
 		return out, nil
 	}
-	tree, err := contenthash.ImportV0(v0)
+	pages, err := checksum.Imported(v0)
 	if err != nil {
-		return out, nil //nolint:nilerr // a tree that says nothing is no tree
+		return out, nil //nolint:nilerr // hashes that cannot be read are computed anew
 	}
-	for name, data := range tree.Save().Put {
-		out[cache.TreePrefix+name] = data
-	}
+	maps.Copy(out, pages)
 	return out, nil
 }
 
@@ -246,7 +246,7 @@ func (x *execution) describe(tx *metadata.Tx) error {
 	if err != nil {
 		return err
 	}
-	origin := cache.Origin{System: "buildkit", Version: x.p.Version, Worker: x.p.Worker, Migrated: x.o.now().UTC()}
+	origin := cache.Origin{System: "buildkit", Version: x.p.Version, Worker: x.p.Worker, Migrated: x.o.now().UTC(), Adopted: x.p.digest()}
 	for _, f := range x.p.Files {
 		origin.Files = append(origin.Files, cache.OriginFile(f))
 	}

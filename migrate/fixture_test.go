@@ -43,6 +43,11 @@ func unpack(t *testing.T, name string) (worker string, e *legacytest.Expect) {
 func eachArchive(t *testing.T, test func(t *testing.T, worker string, e *legacytest.Expect)) {
 	names, err := legacytest.Names(archives)
 	require.NoError(t, err)
+	theseArchives(t, test, names...)
+}
+
+// theseArchives runs a test on some of them.
+func theseArchives(t *testing.T, test func(t *testing.T, worker string, e *legacytest.Expect), names ...string) {
 	for _, name := range names {
 		t.Run(name, func(t *testing.T) {
 			worker, e := unpack(t, name)

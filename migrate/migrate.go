@@ -7,7 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/migrate/buildkit"
@@ -94,7 +97,7 @@ func runWorker(ctx context.Context, w buildkit.Worker, o Options) Report {
 	r := Report{Worker: w.Name, Root: w.Dir}
 	r.Status, r.Plan, r.Err = worker(ctx, w.Dir, o)
 	if r.Err != nil {
-		r.Err = fmt.Errorf("migrate %s: %w", w.Dir, r.Err)
+		r.Err = fmt.Errorf("migrate %s: %w", w.Dir, classify(r.Err))
 	}
 	r.Duration = time.Since(began)
 	return r
@@ -128,6 +131,24 @@ func worker(ctx context.Context, dir string, o Options) (_ Status, _ *Plan, err 
 		return Failed, p, err
 	}
 	return Migrated, p, nil
+}
+
+// classified is an error of the system with its class.
+type classified struct{ err, class error }
+
+func (e *classified) Error() string   { return e.err.Error() }
+func (e *classified) Unwrap() []error { return []error{e.err, e.class} }
+
+// classify gives an error of the system its class, and says what to do about a
+// full disk.
+func classify(err error) error {
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, errdefs.ErrResourceExhausted):
+		return fmt.Errorf("%w; the old state is as it was, make room and run it again", &classified{err, errdefs.ErrResourceExhausted})
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return &classified{err, errdefs.ErrPermissionDenied}
+	}
+	return err
 }
 
 // isStore says whether a directory has a store.

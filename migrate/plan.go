@@ -1,6 +1,8 @@
 package migrate
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
@@ -195,4 +197,18 @@ func (p *Plan) Rollback() string {
 		"possible with lamina migrate --rollback until a snapshot of the old daemon is finalized, reopened, extracted,",
 		"removed or cleaned by lamina, or the old daemon has worked in the directory",
 	}, " ")
+}
+
+// digest is over what is adopted: which records, and the data of which
+// snapshots.
+func (p *Plan) digest() string {
+	h := sha256.New()
+	for _, it := range p.items {
+		dir := ""
+		if it.snap != nil {
+			dir = it.snap.Dir
+		}
+		fmt.Fprintf(h, "%q %s %q %q\n", it.rec.ID, it.rec.State, it.rec.Key, dir)
+	}
+	return hex.EncodeToString(h.Sum(nil))
 }

@@ -70,7 +70,7 @@ func Rollback(ctx context.Context, dir string, o Options) ([]RollbackReport, err
 		r := RollbackReport{Worker: w.Name, Root: w.Dir, Status: Skipped, Reason: w.Reason}
 		if w.Reason == "" {
 			if err := rollback(ctx, &r, o); err != nil {
-				r.Status, r.Err = Failed, fmt.Errorf("roll back %s: %w", w.Dir, err)
+				r.Status, r.Err = Failed, fmt.Errorf("roll back %s: %w", w.Dir, classify(err))
 			}
 		}
 		reports = append(reports, r)
@@ -85,7 +85,9 @@ type retreat struct {
 	store *metadata.Store
 	s     *buildkit.State
 	p     *Plan
-	aside string
+	// adopted is the digest of what the migration took over.
+	adopted string
+	aside   string
 }
 
 func rollback(ctx context.Context, r *RollbackReport, o Options) (err error) {
@@ -179,6 +181,7 @@ func (b *retreat) read(ctx context.Context) error {
 	if changed != "" {
 		return fmt.Errorf("the old daemon has worked here since: %s: %w", changed, ErrNoWayBack)
 	}
+	b.adopted = origin.Adopted
 	b.s, b.p, err = read(ctx, b.root)
 	if errors.Is(err, buildkit.ErrNotBuildKit) || errors.Is(err, buildkit.ErrIncomplete) {
 		return fmt.Errorf("the old databases were removed: %w: %w", ErrNoWayBack, err)
@@ -213,6 +216,10 @@ func (b *retreat) compare(ctx context.Context) (made []cache.Record, err error) 
 		}
 		return nil
 	})
+	if err == nil && len(reasons) == 0 && b.p.digest() != b.adopted {
+		// With data that is gone the plan is another one.
+		reasons = append(reasons, "snapshots or blobs that were taken over are no longer there")
+	}
 	if err != nil || len(reasons) == 0 {
 		return made, err
 	}

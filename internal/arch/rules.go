@@ -89,7 +89,7 @@ var libraries = []library{
 	{
 		path:  "go.etcd.io/bbolt",
 		rooms: []string{"metadata", "migrate/legacytest"},
-		tests: []string{"snapshot"},
+		tests: []string{"snapshot", "migrate"},
 		why:   "only metadata knows how records are stored",
 	},
 	{

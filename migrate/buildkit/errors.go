@@ -68,6 +68,14 @@ func classify(err error) error {
 	return err
 }
 
+// advise says what to do about a file that is damaged or missing.
+func advise(err error) error {
+	if !errors.Is(err, errdefs.ErrDataLoss) {
+		return err
+	}
+	return fmt.Errorf("%w; restore it from a backup, or move the worker's directory away to begin with an empty cache", err)
+}
+
 // printable keeps what comes from files from changing a terminal.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {

@@ -52,7 +52,7 @@ func openDatabase(dir, name string) (_ *database, err error) {
 		err = fmt.Errorf("it is no bbolt database: %w", ErrIncomplete)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w; restore it from a backup, or move the worker's directory away to begin with an empty cache", path, classify(err))
+		return nil, advise(fmt.Errorf("%s: %w", path, classify(err)))
 	}
 	info, err := f.Stat()
 	if err != nil {

@@ -159,8 +159,7 @@ func Open(ctx context.Context, dir string) (_ *State, err error) {
 	for _, name := range []string{records, names, driverDB} {
 		db, err := openDatabase(dir, name)
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("%s is missing, without which the records name nothing: restore it from a backup, or move the worker's directory away: %w",
-				filepath.Join(dir, name), ErrIncomplete)
+			return nil, advise(fmt.Errorf("%s is missing, without which the records name nothing: %w", filepath.Join(dir, name), ErrIncomplete))
 		}
 		if err != nil {
 			return nil, err
@@ -176,7 +175,7 @@ func Open(ctx context.Context, dir string) (_ *State, err error) {
 			return nil, context.Cause(ctx)
 		}
 		if err := read(s.open[i]); err != nil {
-			return nil, fmt.Errorf("%s: %w", filepath.Join(dir, s.Files[i].Name), err)
+			return nil, advise(fmt.Errorf("%s: %w", filepath.Join(dir, s.Files[i].Name), err))
 		}
 	}
 	if err := s.readData(); err != nil {
@@ -240,7 +239,7 @@ func buckets(db *database, known ...string) (map[string]metadata.ForeignBucket, 
 	found := map[string]metadata.ForeignBucket{}
 	for row, err := range db.rows.Root().Rows() {
 		if err != nil {
-			return nil, fmt.Errorf("%w; restore it from a backup, or move the worker's directory away to begin with an empty cache", err)
+			return nil, err
 		}
 		if !slices.Contains(known, string(row.Key)) || row.Bucket == nil {
 			return nil, fmt.Errorf("bucket %q: %w", printable(string(row.Key)), ErrNewer)
