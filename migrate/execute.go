@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"iter"
-	"maps"
 	"os"
 	"path/filepath"
 	"time"
@@ -15,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
-	"github.com/lamina-build/lamina/checksum"
 	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/migrate/buildkit"
@@ -232,11 +230,13 @@ func (x *execution) attachments(it *item) (map[string][]byte, error) {
 	if !found && !x.p.Ownerless {
 		return out, nil
 	}
-	pages, err := checksum.Imported(v0)
+	tree, err := contenthash.ImportV0(v0)
 	if err != nil {
 		return out, nil //nolint:nilerr // hashes that cannot be read are computed anew
 	}
-	maps.Copy(out, pages)
+	for name, data := range tree.Save().Put {
+		out[cache.TreePrefix+name] = data
+	}
 	return out, nil
 }
 

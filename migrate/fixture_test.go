@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/migrate"
 	"github.com/lamina-build/lamina/migrate/legacytest"
@@ -67,7 +68,9 @@ func run(t *testing.T, dir string, o migrate.Options) migrate.Report {
 
 func open(t *testing.T, root string) *cache.Manager {
 	t.Helper()
-	m, err := cache.Open(t.Context(), cache.Options{Root: root, NoCreate: true, SyncInterval: -1, LockTimeout: 5 * time.Second})
+	m, err := cache.Open(t.Context(), cache.Options{
+		Root: root, NoCreate: true, SyncInterval: -1, LockTimeout: 5 * time.Second, Unconfirm: contenthash.UnconfirmStored,
+	})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, m.Close()) })
 	return m

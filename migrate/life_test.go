@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/migrate"
 	"github.com/lamina-build/lamina/migrate/legacytest"
@@ -19,11 +20,11 @@ import (
 // Trees stay what they are: after each pair was finalized, after a restart in
 // this boot and after one in another, and for children that are made.
 func TestTreesStay(t *testing.T) {
-	eachArchive(t, func(t *testing.T, worker string, e *legacytest.Expect) {
+	theseArchives(t, func(t *testing.T, worker string, e *legacytest.Expect) {
 		run(t, worker, migrate.Options{})
 		want := map[string]*legacytest.Record{}
 		session := func(boot string, do func(m *cache.Manager)) {
-			m, err := cache.Open(t.Context(), cache.Options{Root: worker, NoCreate: true, BootID: boot, SyncInterval: -1})
+			m, err := cache.Open(t.Context(), cache.Options{Root: worker, NoCreate: true, BootID: boot, SyncInterval: -1, Unconfirm: contenthash.UnconfirmStored})
 			require.NoError(t, err)
 			defer func() { require.NoError(t, m.Close()) }()
 			do(m)
@@ -60,12 +61,12 @@ func TestTreesStay(t *testing.T) {
 		})
 		session("one", func(*cache.Manager) {})
 		session("two", func(*cache.Manager) {})
-	})
+	}, "v0.6.4-v1", "v0.34.1-native", "v0.34.1-crash-many", "v0.8.3-to-v0.34.1")
 }
 
 // Reopening a folded pair works in the same data directory and kills the id.
 func TestReopenAdopted(t *testing.T) {
-	eachArchive(t, func(t *testing.T, worker string, e *legacytest.Expect) {
+	theseArchives(t, func(t *testing.T, worker string, e *legacytest.Expect) {
 		run(t, worker, migrate.Options{})
 		m := open(t, worker)
 		for _, fold := range e.Folds {
@@ -107,7 +108,7 @@ func TestReopenAdopted(t *testing.T) {
 		}
 		require.NotEmpty(t, e.Folds)
 		check(t, m)
-	})
+	}, "v0.6.4-v1", "v0.10.6-clean", "v0.34.1-native", "v0.34.1-crash-many")
 }
 
 // A retained mutable goes on in its own directory.

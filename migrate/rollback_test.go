@@ -12,6 +12,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/migrate"
 )
 
@@ -26,7 +27,7 @@ func rollback(t *testing.T, dir string) migrate.RollbackReport {
 // use opens the cache, does something, and closes it.
 func use(t *testing.T, root string, do func(ctx context.Context, m *cache.Manager)) {
 	t.Helper()
-	m, err := cache.Open(t.Context(), cache.Options{Root: root, NoCreate: true, SyncInterval: -1})
+	m, err := cache.Open(t.Context(), cache.Options{Root: root, NoCreate: true, SyncInterval: -1, Unconfirm: contenthash.UnconfirmStored})
 	require.NoError(t, err)
 	do(t.Context(), m)
 	require.NoError(t, m.Close())

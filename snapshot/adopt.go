@@ -49,13 +49,16 @@ func Adopt(ctx context.Context, root string, o Options, entries iter.Seq[Adopted
 		return fmt.Errorf("adopt snapshots below %q: %w", root, err)
 	}
 	t := treeOf(d)
+	err = t.settleNew(ctx)
 	for a := range entries {
-		if err = context.Cause(ctx); err == nil {
-			err = t.adopt(a)
+		if err == nil {
+			err = context.Cause(ctx)
 		}
 		if err != nil {
-			err = fmt.Errorf("adopt snapshot %q: %w", a.Key, err)
 			break
+		}
+		if err = t.adopt(a); err != nil {
+			err = fmt.Errorf("adopt snapshot %q: %w", a.Key, err)
 		}
 	}
 	for _, dir := range discard {
@@ -165,6 +168,9 @@ func Disown(ctx context.Context, root string, step func(string) error) error {
 		for _, name := range names {
 			if err := context.Cause(ctx); err != nil {
 				return err
+			}
+			if dir == dirNew && strings.HasPrefix(name, trialPrefix) {
+				continue // perhaps still mounted: Settle knows how to end it
 			}
 			if err := t.disown(t.path(dir, name)); err != nil {
 				return fmt.Errorf("disown snapshots below %q: %w", root, err)
