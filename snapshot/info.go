@@ -15,6 +15,9 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // compactAt is the size of an info log, in bytes, from which it is rewritten
@@ -265,10 +268,13 @@ func compactState(f *os.File, path string, s state, line []byte) error {
 }
 
 func writeFile(path string, flag int, data []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|flag, 0o600)
+	// os.OpenFile would offer the file to the poller first, which takes four
+	// system calls and never wants it.
+	fd, err := fsat.OpenAt(unix.AT_FDCWD, path, unix.O_WRONLY|unix.O_CREAT|flag, 0o600)
 	if err != nil {
-		return err
+		return &os.PathError{Op: "open", Path: path, Err: err}
 	}
+	f := os.NewFile(uintptr(fd), path)
 	_, err = f.Write(data)
 	return errors.Join(err, f.Close())
 }

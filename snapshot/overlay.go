@@ -175,7 +175,7 @@ func (o *overlay) mounts(e entry, s state, at string) ([]mount.Mount, error) {
 		return nil, err
 	}
 	work := filepath.Join(o.at(e), "work")
-	if !s.View {
+	if !s.View && at == o.at(e) { // what is being made has none
 		if err := o.clearMarked(filepath.Join(at, "fs"), filepath.Join(at, "work")); err != nil {
 			return nil, err
 		}

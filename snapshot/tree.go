@@ -228,14 +228,15 @@ func (t *tree) stateOf(e entry) (state, error) {
 
 // free refuses a key that is taken.
 func (t *tree) free(key string) error {
-	_, err := t.find(key)
-	if errdefs.IsNotFound(err) {
-		return nil
+	name := encodeKey(key)
+	for _, dir := range []string{dirCommitted, dirActive} {
+		if ok, err := exists(t.path(dir, name)); err != nil {
+			return err
+		} else if ok {
+			return fmt.Errorf("snapshot %q: %w", key, errdefs.ErrAlreadyExists)
+		}
 	}
-	if err != nil {
-		return err
-	}
-	return fmt.Errorf("snapshot %q: %w", key, errdefs.ErrAlreadyExists)
+	return nil
 }
 
 func (e entry) kind(s state) snapshots.Kind {
