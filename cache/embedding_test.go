@@ -12,8 +12,12 @@ import (
 func TestEmbeddingShowsWhatTheExamplesRun(t *testing.T) {
 	page, err := os.ReadFile("../docs/embedding.md")
 	require.NoError(t, err)
-	examples, err := os.ReadFile("example_test.go")
-	require.NoError(t, err)
+	var examples []byte
+	for _, file := range []string{"example_test.go", "../checksum/example_test.go"} {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		examples = append(append(examples, '\n'), text...)
+	}
 	code := "\n" + withoutIndent(string(examples))
 	blocks := strings.Split(string(page), "```go\n")[1:]
 	require.Greater(t, len(blocks), 10)
