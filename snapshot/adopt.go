@@ -30,6 +30,10 @@ type Adopted struct {
 	Created, Updated time.Time
 	Labels           map[string]string
 	Usage            snapshots.Usage
+	// Bound, if it is not empty, says why the layer makes sense over its own
+	// parent only: it has overlayfs's marks redirect or metacopy. It is
+	// mounted so that they are followed, and never stacked.
+	Bound string
 }
 
 // Adopt makes a tree of snapshots below root out of those of another
@@ -93,7 +97,10 @@ func (t *tree) adopt(a Adopted) error {
 	}
 	s := state{
 		Parent: text(a.Parent), Created: nanos(a.Created), Updated: nanos(a.Updated),
-		Sealed: e.dir == dirCommitted,
+		Sealed: e.dir == dirCommitted, Bound: text(a.Bound),
+	}
+	if err := t.bind(&s); err != nil {
+		return err
 	}
 	if s.Sealed {
 		s.Usage = &usage{Inodes: a.Usage.Inodes, Size: a.Usage.Size}

@@ -100,6 +100,10 @@ func (t *tree) seal(name string, e entry, s state, base snapshots.Info, rebase s
 			}
 		}()
 		s.Parent = text(rebase)
+		if err := t.bind(&s); err != nil {
+			return err
+		}
+		s.Clean = s.Clean && s.Bound == ""
 	}
 	if err := t.backend.describe(path, &s); err != nil {
 		return asNotFound(err)

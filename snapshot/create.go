@@ -54,6 +54,9 @@ func (t *tree) create(ctx context.Context, key, parent string, view bool, opts [
 	e := entry{dirActive, encodeKey(key)}
 	now := t.clock().UnixNano()
 	s := state{View: view, Parent: text(parent), Created: now, Updated: now}
+	if err := t.bind(&s); err != nil {
+		return nil, err
+	}
 	if hashed(e.name) {
 		s.Key = text(key)
 	}
@@ -76,6 +79,18 @@ func (t *tree) create(ctx context.Context, key, parent string, view bool, opts [
 		return nil, err
 	}
 	return mounts, t.publish(key, making, e)
+}
+
+// bind makes a snapshot bound if its parent is.
+func (t *tree) bind(s *state) error {
+	if s.Parent == "" || s.Bound != "" {
+		return nil
+	}
+	l, err := t.layerOf(string(s.Parent))
+	if err == nil && l.bound != "" {
+		s.Bound = text(fmt.Sprintf("lies over %q, which cannot be stacked either", s.Parent))
+	}
+	return err
 }
 
 func applyOpts(opts []snapshots.Opt) (base snapshots.Info, err error) {

@@ -45,7 +45,9 @@ type state struct {
 	// Opaque says that the layer's root hides all that is below it. The
 	// kernel knows no such root, so the layers below are left out.
 	Opaque bool `json:"opaque,omitempty"`
-	// Bound says why the layer makes sense over its own parent only.
+	// Bound says why the layer makes sense over its own parent only. What
+	// lies over such a layer is mounted with the same options, which leave
+	// the same marks, and so is bound, too.
 	Bound text `json:"bound,omitempty"`
 	// Labels are sorted by name.
 	Labels []label `json:"labels,omitempty"`

@@ -234,20 +234,19 @@ const capability = "\x01\x00\x00\x02\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00
 
 // edit makes one random change.
 func (e *editor) edit() {
-	one := rapid.SampledFrom([]string{"a", "b", "c"})
+	// Few names, so that they meet in merges.
 	draw := func(label string) string {
-		p := one.Draw(e.T, label)
-		for range rapid.IntRange(0, 2).Draw(e.T, "deeper") {
-			p += "/" + one.Draw(e.T, label)
-		}
-		return p
+		return rapid.SampledFrom([]string{
+			"a", "a", "b", "a/a", "a/a", "a/b", "a/b", "b/a", "a/a/a", "a/a/b", "b/a/b",
+		}).Draw(e.T, label)
 	}
 	p := draw("path")
 	f := e.tree[p]
-	data := rapid.SampledFrom([]string{"", "1", "2"}).Draw(e.T, "data")
+	data := rapid.SampledFrom([]string{"a", "b"}).Draw(e.T, "data")
 	switch rapid.SampledFrom([]string{
 		"write", "write", "write", "rewrite", "mkdir", "remove", "remove", "special", "link", "link",
-		"rename", "rename", "back", "copy back", "anew", "mode", "owner", "attribute", "attribute", "root",
+		"rename", "rename", "back", "copy back", "anew", "anew", "placed", "placed",
+		"mode", "owner", "attribute", "attribute", "root",
 	}).Draw(e.T, "what") {
 	case "write":
 		e.make(p, &mfile{typ: 'f', mode: 0o644, data: data})
@@ -308,6 +307,12 @@ func (e *editor) edit() {
 			f.born = e.born
 			e.tree[q] = f
 		}
+	case "placed":
+		// As npm, pip, cargo and git do it.
+		e.mkdir("t")
+		e.make("t/"+data, &mfile{typ: 'f', mode: 0o644, data: data})
+		e.room(p)
+		e.rename("t", p)
 	case "anew":
 		if f.dir() {
 			e.remove(p)

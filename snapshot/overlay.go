@@ -137,6 +137,7 @@ func (o *overlay) mount(e entry, s state, target string, readOnly bool) error {
 	m := overlayfs.Mount{
 		Lower:     o.onEmpty(lower, o.path(dirEmpty)),
 		UserXattr: o.userXattr,
+		Follow:    s.Bound != "",
 		ReadOnly:  readOnly,
 	}
 	if !readOnly {
@@ -181,12 +182,12 @@ func (o *overlay) mounts(e entry, s state, at string) ([]mount.Mount, error) {
 		}
 	}
 	lower, empty := o.layers(chain), o.path(dirEmpty)
-	options := o.options(o.onEmpty(lower, empty), own, work, s.View)
+	options := o.options(o.onEmpty(lower, empty), own, work, s)
 	if length(options) > maxOptions {
 		if lower, empty, own, work, err = o.short(chain, e, at, s.View); err != nil {
 			return nil, err
 		}
-		options = o.options(o.onEmpty(lower, empty), own, work, s.View)
+		options = o.options(o.onEmpty(lower, empty), own, work, s)
 	}
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, nil
 }
@@ -225,17 +226,17 @@ func (o *overlay) short(chain []string, e entry, at string, view bool) (lower []
 	return lower, empty, own, work, err
 }
 
-func (o *overlay) options(lower []string, upper, work string, view bool) []string {
+func (o *overlay) options(lower []string, upper, work string, s state) []string {
 	var options []string
-	if !view {
+	if !s.View {
 		options = append(options, "workdir="+escapeOption(work), "upperdir="+escapeOption(upper))
 	}
 	escaped := make([]string, len(lower))
 	for i, dir := range lower {
 		escaped[i] = strings.ReplaceAll(escapeOption(dir), ":", `\:`)
 	}
-	options = append(options, "lowerdir="+strings.Join(escaped, ":"),
-		"index=off", "metacopy=off", "redirect_dir=nofollow", "xino=off")
+	options = append(options, "lowerdir="+strings.Join(escaped, ":"))
+	options = append(options, overlayfs.Mount{UserXattr: o.userXattr, Follow: s.Bound != ""}.Settings()...)
 	if o.userXattr {
 		options = append(options, "userxattr")
 	}

@@ -49,7 +49,7 @@ func (m Mount) options(l *layers) string {
 	if l.upper >= 0 {
 		list = append(list, "upperdir="+strconv.Itoa(l.upper), "workdir="+strconv.Itoa(l.work))
 	}
-	for _, s := range settings() {
+	for _, s := range m.settings() {
 		list = append(list, s.key+"="+s.value)
 	}
 	if m.UserXattr {

@@ -13,7 +13,8 @@
 // whatever the kernel was built with or told by module parameters: an upper
 // directory is then a plain difference that can be stacked over other layers,
 // and a directory does not change its meaning when it is mounted on another
-// machine. redirect_dir=off would mean "follow" on most kernels.
+// machine. redirect_dir=off would mean "follow" on most kernels. Layers that other
+// mounts have made may need [Mount.Follow].
 //
 // The kernel's own description is
 // https://docs.kernel.org/filesystems/overlayfs.html.

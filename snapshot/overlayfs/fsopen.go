@@ -12,13 +12,27 @@ import (
 type setting struct{ key, value string }
 
 // settings are those that every mount has, see the package documentation.
-func settings() []setting {
+func (m Mount) settings() []setting {
+	metacopy, redirect := "off", "nofollow"
+	if m.Follow && !m.UserXattr {
+		metacopy, redirect = "on", "on"
+	}
 	return []setting{
 		{"index", "off"},
-		{"metacopy", "off"},
-		{"redirect_dir", "nofollow"},
+		{"metacopy", metacopy},
+		{"redirect_dir", redirect},
 		{"xino", "off"},
 	}
+}
+
+// Settings are the options that the kernel gets in any case, as words for
+// mount(8).
+func (m Mount) Settings() []string {
+	var words []string
+	for _, s := range m.settings() {
+		words = append(words, s.key+"="+s.value)
+	}
+	return words
 }
 
 // byDescriptor mounts through fsopen, fsconfig and move_mount with
@@ -32,7 +46,7 @@ func byDescriptor(l *layers, m Mount, target int) error {
 	if err := c.directories(l); err != nil {
 		return err
 	}
-	for _, s := range settings() {
+	for _, s := range m.settings() {
 		if err := c.set(s.key, s.value); err != nil {
 			return err
 		}

@@ -33,6 +33,12 @@ type Mount struct {
 	// one on unmounting. The kernel then refuses to mount Work again until
 	// [RemoveVolatileMark].
 	Volatile bool
+	// Follow shows directories that were renamed from a lower layer
+	// (redirect) and files whose content is a lower layer's (metacopy), which
+	// mounts with other options have made. A writable mount makes such marks,
+	// too. Without it the former look empty and the latter cannot be read.
+	// With UserXattr the kernel knows neither.
+	Follow bool
 	// ReadOnly makes the mount refuse every change with EROFS. Upper, where
 	// it is set, is then the topmost lower directory, and Work is not used.
 	ReadOnly bool
