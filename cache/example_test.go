@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/cache/policy"
 )
 
 // exampleCache opens a cache in a directory that goes with it. It copies, and
@@ -469,6 +470,33 @@ func ExampleManager_Remove() {
 	// Output:
 	// alone: true
 	// with its child: true
+}
+
+func ExampleCollectOptions() {
+	ctx := context.Background()
+	dir, err := os.MkdirTemp("", "lamina-example-")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+
+	m, err := cache.Open(ctx, cache.Options{
+		Root: filepath.Join(dir, "cache"),
+		Collect: &cache.CollectOptions{
+			Policies: []policy.Policy{{MaxUsed: policy.Percent(80), Target: policy.Percent(70)}},
+			OnRemoved: func(s policy.Step, r cache.Removed) {
+				log.Printf("%s: %s, %d bytes", r.ID, s.Message, r.Freed)
+			},
+		},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer m.Close()
+
+	used, err := m.Used(ctx)
+	fmt.Println(used, err)
+	// Output: 0 <nil>
 }
 
 func ExampleManager_DiskUsage() {

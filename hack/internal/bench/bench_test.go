@@ -85,7 +85,7 @@ func TestAllOperations(t *testing.T) {
 	require.Equal(t, map[string]float64{
 		"new": 0, "new-commit-release": 1, "commit": 1, "finalize": 1, "reopen": 1, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 1, "open": 0, "throughput": 1,
-		"usage-total": 0, "usage-list": 0, "prune": 2.0 / 64, "prune-to-size": 1.0 / 32,
+		"usage-total": 0, "usage-list": 0, "prune": 2.0 / 32, "prune-to-size": 1.0 / 16,
 		"checksum-memory": 0, "checksum-stored": 0, "checksum-one-change": 1,
 	}, tx)
 
@@ -99,7 +99,7 @@ func TestAllOperations(t *testing.T) {
 	require.Equal(t, map[string]float64{
 		"new": 0, "new-commit-release": 2, "commit": 2, "finalize": 2, "reopen": 2, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 2, "open": 0, "throughput": 2,
-		"usage-total": 0, "usage-list": 0, "prune": 4.0 / 64, "prune-to-size": 2.0 / 32,
+		"usage-total": 0, "usage-list": 0, "prune": 4.0 / 32, "prune-to-size": 2.0 / 16,
 		"checksum-memory": 0, "checksum-stored": 0, "checksum-one-change": 2,
 	}, syncs)
 }

@@ -123,7 +123,7 @@ func parse(args []string, env Environment) (*settings, error) {
 		fmt.Fprintf(env.Stderr, intro, strings.Join(Names(), ", "))
 		flags.PrintDefaults()
 	}
-	flags.BoolVar(&s.quick, "quick", false, "fewer rounds and only the small state: well below a minute")
+	flags.BoolVar(&s.quick, "quick", false, "fewer rounds and only the small state: a minute or two")
 	flags.BoolVar(&s.json, "json", false, "one object a line instead of a table")
 	flags.StringVar(&s.Dir, "dir", "", "the `directory` in which states are built; the system's for temporary files if empty")
 	flags.StringVar(&s.disk, "disk", "", "loop: a new ext4 file system in a file below the directory, for which root is needed")
