@@ -59,9 +59,11 @@
 // time alone changed has none. Sockets and trusted.* attributes are left out,
 // holes are zeros.
 //
-// Upper and Trees give the same bytes for the same change, with two exceptions.
-// A directory that was removed and made again is opaque in an upper directory,
-// and hides whatever it is stacked on; two trees only tell that names are gone.
-// And an upper directory may hold copies of files that are as they were below:
-// it gives entries for them.
+// Upper and Trees give the same bytes for the same change, with one exception. A
+// directory that was removed and made again is opaque in an upper directory,
+// and hides whatever it is stacked on; two trees only tell which names are
+// gone. (Where a change of one name parts it from other names of its file, both
+// give the same tree, too, but may differ in which name has the entry.) An upper
+// directory whose Parents are not told is written as it stands, with all that
+// is needless.
 package layer

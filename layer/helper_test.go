@@ -98,14 +98,14 @@ func apply(t tb, dir string, tarball []byte, o layer.ApplyOptions) layer.Applied
 
 // dumpOptions say what a dump leaves out.
 type dumpOptions struct {
-	noTimes, noDirTimes, seconds, raw bool
+	noTimes, noDirTimes, noUser, raw bool
 }
 
 // dump lists a tree: a line for each file, with all that a layer can carry.
 // Link groups are numbered in the order of their first names.
 func dump(t tb, root string, o dumpOptions) []string {
 	t.Helper()
-	var out []string
+	out := []string{}
 	groups := map[uint64]int{}
 	require.NoError(t, filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -121,11 +121,7 @@ func dump(t tb, root string, o dumpOptions) []string {
 		}
 		line := fmt.Sprintf("%q %06o %d:%d", rel, st.Mode, st.Uid, st.Gid)
 		if !o.noTimes && !(o.noDirTimes && d.IsDir()) {
-			if o.seconds {
-				line += fmt.Sprintf(" t=%d", st.Mtim.Sec)
-			} else {
-				line += fmt.Sprintf(" t=%d.%09d", st.Mtim.Sec, st.Mtim.Nsec)
-			}
+			line += fmt.Sprintf(" t=%d.%09d", st.Mtim.Sec, st.Mtim.Nsec)
 		}
 		switch st.Mode & unix.S_IFMT {
 		case unix.S_IFREG:
@@ -155,7 +151,7 @@ func dump(t tb, root string, o dumpOptions) []string {
 		}
 		sort.Strings(names)
 		for _, n := range names {
-			if !o.raw && (strings.Contains(n, ".overlay.") || n == "security.selinux") {
+			if o.noUser && strings.HasPrefix(n, "user.") || !o.raw && (strings.Contains(n, ".overlay.") || n == "security.selinux") {
 				continue
 			}
 			v, err := sysx.LGetxattr(p, n)

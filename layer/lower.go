@@ -48,6 +48,8 @@ type found struct {
 	// fds are the directories that make it up, topmost first, or the one file,
 	// opened as mere places.
 	fds []int
+	// in is the directory that a file lies in, as it was handed in.
+	in int
 }
 
 func (f *found) close() {
@@ -120,7 +122,7 @@ func (l *lowerStack) child(fds []int, name string) (*found, error) {
 			return fail(err)
 		}
 		if out == nil {
-			out = &found{st: st}
+			out = &found{st: st, in: fd}
 		}
 		out.fds = append(out.fds, child)
 		if !isDir {

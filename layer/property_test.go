@@ -114,7 +114,7 @@ func TestFormsShowTheSame(t *testing.T) {
 // copyTree copies by way of a tar, which other tests hold to be right.
 func copyTree(t tb, to, from string) {
 	t.Helper()
-	apply(t, to, write(t, layer.Trees{Upper: from}, layer.WriteOptions{Nanoseconds: true}), layer.ApplyOptions{})
+	apply(t, to, write(t, layer.Trees{Upper: from}, layer.WriteOptions{Nanoseconds: true}), layer.ApplyOptions{Devices: layer.DevicesMade})
 }
 
 // noDirTimes cuts the times of directories from a dump: a layer does not carry

@@ -24,7 +24,7 @@ func (t Trees) write(e *emitter) error {
 		}
 		defer fsat.Close(lower)
 	}
-	c := &comparer{e: e, upper: map[inode][]*node{}, lower: map[inode][]*node{}, other: make([]byte, chunkSize)}
+	c := newComparer(e)
 	top := &node{dir: true}
 	if err := c.directory(lower, upper, "", top); err != nil {
 		return err
@@ -63,6 +63,10 @@ type comparer struct {
 	// in the lower one.
 	upper, lower map[inode][]*node
 	other        []byte
+}
+
+func newComparer(e *emitter) *comparer {
+	return &comparer{e: e, upper: map[inode][]*node{}, lower: map[inode][]*node{}, other: make([]byte, 64<<10)}
 }
 
 // directory compares two open directories; lower is -1 where there is none. It
@@ -238,7 +242,7 @@ func (c *comparer) sameContent(l, u int, size int64) (bool, error) {
 		if c.e.ctx.Err() != nil {
 			return false, context.Cause(c.e.ctx)
 		}
-		n, err := fsat.Pread(u, c.e.buf, pos)
+		n, err := fsat.Pread(u, c.e.buf[:len(c.other)], pos)
 		if err != nil {
 			return false, failed("read", "", err)
 		}

@@ -19,6 +19,7 @@ func (u Upper) write(e *emitter) error {
 	}
 	defer fsat.Close(fd)
 	w := &upperWriter{e: e, marks: u.Form.marks(), lower: lowerStack{paths: u.Parents, marks: u.Form.marks()}}
+	w.compare = newComparer(e)
 	e.marks = w.marks
 	if err := w.lower.open(); err != nil {
 		return err
@@ -39,9 +40,10 @@ func (u Upper) write(e *emitter) error {
 }
 
 type upperWriter struct {
-	e     *emitter
-	marks string
-	lower lowerStack
+	e       *emitter
+	marks   string
+	lower   lowerStack
+	compare *comparer
 }
 
 // marks are what overlayfs has noted on a file of a layer.
@@ -113,7 +115,7 @@ func (w *upperWriter) entries(fd int, path string, m marks, below *found) error 
 		if c.st.Mode&unix.S_IFMT == unix.S_IFDIR {
 			err = w.directory(fd, c.name, p, below)
 		} else {
-			err = w.e.file(fd, c.name, p, &c.st)
+			err = w.file(fd, c, p, below)
 		}
 		if err != nil {
 			return entryError(p, err)
@@ -151,6 +153,37 @@ func (w *upperWriter) whiteout(path string, c *child, below *found) error {
 		}
 	}
 	return w.e.whiteout(path, c.name)
+}
+
+// file writes a file, unless it is a copy of the one below that nothing has
+// been done to in the end.
+func (w *upperWriter) file(at int, c *child, p string, below *found) error {
+	if below != nil && w.known() && c.st.Nlink == 1 {
+		_, err := unix.Lgetxattr(fsat.ProcPath(at)+"/"+c.name, w.marks+"origin", nil)
+		if err := ignoreNoAttr(err); err != nil {
+			return failed("read attributes of", p, err)
+		}
+		if err == nil {
+			same, err := w.sameBelow(at, c, below)
+			if err != nil || same {
+				return err
+			}
+		}
+	}
+	return w.e.file(at, c.name, p, &c.st)
+}
+
+func (w *upperWriter) sameBelow(at int, c *child, below *found) (bool, error) {
+	f, err := w.lower.child(below.fds, c.name)
+	if err != nil || f == nil {
+		return false, err
+	}
+	defer f.close()
+	// One of several names: the copy has parted from the others.
+	if f.isDir() || f.st.Nlink > 1 {
+		return false, nil
+	}
+	return w.compare.sameFile(f.in, at, c.name, &f.st, &c.st)
 }
 
 func (w *upperWriter) directory(at int, name, p string, around *found) error {

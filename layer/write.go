@@ -23,7 +23,7 @@ type Upper struct {
 	// Parents are the directories of the layers below, topmost first, in the
 	// same form. They are looked at where the upper directory does not tell a
 	// change from none: an opaque mark where nothing is below, a directory
-	// that is there and the same. With none it is not known what lies below,
+	// or a copied file that is as it was. With none it is not known what lies below,
 	// and every mark and directory has its entry.
 	Parents []string
 }
