@@ -75,15 +75,18 @@ func (e *emitter) directories() error {
 	return nil
 }
 
-// whiteout writes that name is not in the directory any more, or with
-// opaqueName that nothing of what was in it is.
+// whiteout writes that name is not in the directory any more.
 func (e *emitter) whiteout(dir, name string) error {
-	if name != opaqueName {
-		if err := checkName(name); err != nil {
-			return err
-		}
-		name = whiteoutPrefix + name
+	if err := checkName(name); err != nil {
+		return err
 	}
+	return e.hiding(dir, whiteoutPrefix+name)
+}
+
+// opaque writes that nothing of what was in the directory is.
+func (e *emitter) opaque(dir string) error { return e.hiding(dir, opaqueName) }
+
+func (e *emitter) hiding(dir, name string) error {
 	if err := e.directories(); err != nil {
 		return err
 	}

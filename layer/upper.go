@@ -31,7 +31,7 @@ func (u Upper) write(e *emitter) error {
 	}
 	below := &found{fds: w.lower.fds}
 	if marks.opaque {
-		if err := e.whiteout("", opaqueName); err != nil {
+		if err := e.opaque(""); err != nil {
 			return err
 		}
 		below = nil
@@ -219,7 +219,7 @@ func (w *upperWriter) directory(at int, name, p string, around *found) error {
 		}
 	}
 	if m.opaque && below != nil {
-		if err := w.e.whiteout(p, opaqueName); err != nil {
+		if err := w.e.opaque(p); err != nil {
 			return err
 		}
 		below = nil
