@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 
 	clog "github.com/containerd/log"
@@ -104,6 +106,7 @@ func (a *app) options(root string) cache.Options {
 		// "lamina sync" does it at once.
 		SyncInterval: -1,
 		Unconfirm:    contenthash.UnconfirmStored,
+		Command:      commandLine(os.Args),
 		Logger:       a.logger(),
 	}
 	if o.LockTimeout == 0 {
@@ -113,6 +116,22 @@ func (a *app) options(root string) cache.Options {
 		o.PrivateMounts, o.NoMounts = a.namespace.Private, !a.namespace.Private
 	}
 	return o
+}
+
+// commandLine is what others are told about this process. It is written into
+// files, so the values of --env are left out: they may be secrets.
+func commandLine(args []string) string {
+	out := slices.Clone(args)
+	for i := 1; i < len(out) && out[i] != "--"; i++ {
+		value, joined := strings.CutPrefix(out[i], "--env=")
+		if !joined && out[i-1] != "--env" {
+			continue
+		}
+		if name, _, has := strings.Cut(value, "="); has {
+			out[i] = strings.TrimSuffix(out[i], value) + name + "=..."
+		}
+	}
+	return strings.Join(out, " ")
 }
 
 func (a *app) sayWaiting(h metadata.Holder) {
