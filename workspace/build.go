@@ -22,7 +22,7 @@ func (r *run) build(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, r.letGo()) }()
 	synced := r.syncBeside(ctx)
 	defer synced()
-	if err := os.MkdirAll(filepath.Dir(r.job.dir()), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(r.job.dir()), 0o700); err != nil {
 		return err
 	}
 	if err := r.syncSource(ctx); err != nil {
