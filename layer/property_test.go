@@ -25,6 +25,10 @@ var drawTime = rapid.Custom(func(t *rapid.T) time.Time {
 	return time.Unix(rapid.Int64Range(1, 5).Draw(t, "sec"), rapid.SampledFrom([]int64{0, 1, 999_999_999}).Draw(t, "nsec"))
 })
 
+func drawForm(t *rapid.T) layer.Form {
+	return rapid.SampledFrom([]layer.Form{layer.OverlayTrusted, layer.OverlayUser}).Draw(t, "form")
+}
+
 // drawEntry is one entry of a layer, sensible or not. Hard links only where
 // they are wanted.
 func drawEntry(t *rapid.T, links bool) ent {
@@ -65,50 +69,49 @@ func drawEntry(t *rapid.T, links bool) ent {
 // the mount of the stack.
 func TestFormsShowTheSame(t *testing.T) {
 	needMounts(t)
-	for _, form := range []layer.Form{layer.OverlayTrusted, layer.OverlayUser} {
-		rapid.Check(t, func(rt *rapid.T) {
-			tree := mkdir(rt)
-			var stack []string
-			count := rapid.IntRange(1, 3).Draw(rt, "layers")
-			for i := range count {
-				// A link group of a lower layer comes apart when one of its names is
-				// copied up; so only the last layer has links.
-				var entries []ent
-				for range rapid.IntRange(0, 8).Draw(rt, "entries") {
-					entries = append(entries, drawEntry(rt, i == count-1))
-				}
-				b := pack(rt, entries...)
-				upper := mkdir(rt)
-				_, terr := layer.Apply(rt.Context(), tree, bytes.NewReader(b), layer.ApplyOptions{})
-				_, uerr := layer.Apply(rt.Context(), upper, bytes.NewReader(b), layer.ApplyOptions{Form: form, Parents: stack})
-				require.Equal(rt, terr == nil, uerr == nil, "tree: %v, upper: %v", terr, uerr)
-				if terr != nil {
-					require.True(rt, errdefs.IsInvalidArgument(terr) && errdefs.IsInvalidArgument(uerr), "tree: %v, upper: %v", terr, uerr)
-					return
-				}
-				stack = append([]string{upper}, stack...)
+	rapid.Check(t, func(t *rapid.T) {
+		form := drawForm(t)
+		tree := mkdir(t)
+		var stack []string
+		count := rapid.IntRange(1, 3).Draw(t, "layers")
+		for i := range count {
+			// A link group of a lower layer comes apart when one of its names is
+			// copied up; so only the last layer has links.
+			var entries []ent
+			for range rapid.IntRange(0, 8).Draw(t, "entries") {
+				entries = append(entries, drawEntry(t, i == count-1))
 			}
-			want := dump(rt, tree, dumpOptions{})
-			overlay(rt, form, stack, "", func(root string) {
-				require.Equal(rt, want, dump(rt, root, dumpOptions{}))
-			})
-			// What is written of the topmost layer makes the same of those below.
-			below := mkdir(rt)
-			overlay(rt, form, stack[1:], "", func(root string) {
-				b := write(rt, layer.Trees{Upper: root}, layer.WriteOptions{Nanoseconds: true})
-				apply(rt, below, b, layer.ApplyOptions{})
-			})
-			for _, parents := range [][]string{nil, stack[1:]} {
-				src := layer.Upper{Dir: stack[0], Form: form, Parents: parents}
-				b := write(rt, src, layer.WriteOptions{Nanoseconds: true})
-				require.Equal(rt, b, write(rt, src, layer.WriteOptions{Nanoseconds: true}))
-				again := mkdir(rt)
-				copyTree(rt, again, below)
-				apply(rt, again, b, layer.ApplyOptions{})
-				require.Equal(rt, noDirTimes(want), noDirTimes(dump(rt, again, dumpOptions{})))
+			b := pack(t, entries...)
+			upper := mkdir(t)
+			_, terr := layer.Apply(t.Context(), tree, bytes.NewReader(b), layer.ApplyOptions{})
+			_, uerr := layer.Apply(t.Context(), upper, bytes.NewReader(b), layer.ApplyOptions{Form: form, Parents: stack})
+			require.Equal(t, terr == nil, uerr == nil, "tree: %v, upper: %v", terr, uerr)
+			if terr != nil {
+				require.True(t, errdefs.IsInvalidArgument(terr) && errdefs.IsInvalidArgument(uerr), "tree: %v, upper: %v", terr, uerr)
+				return
 			}
+			stack = append([]string{upper}, stack...)
+		}
+		want := dump(t, tree, dumpOptions{})
+		overlay(t, form, stack, "", func(root string) {
+			require.Equal(t, want, dump(t, root, dumpOptions{}))
 		})
-	}
+		// What is written of the topmost layer makes the same of those below.
+		below := mkdir(t)
+		overlay(t, form, stack[1:], "", func(root string) {
+			b := write(t, layer.Trees{Upper: root}, layer.WriteOptions{Nanoseconds: true})
+			apply(t, below, b, layer.ApplyOptions{})
+		})
+		for _, parents := range [][]string{nil, stack[1:]} {
+			src := layer.Upper{Dir: stack[0], Form: form, Parents: parents}
+			b := write(t, src, layer.WriteOptions{Nanoseconds: true})
+			require.Equal(t, b, write(t, src, layer.WriteOptions{Nanoseconds: true}))
+			again := mkdir(t)
+			copyTree(t, again, below)
+			apply(t, again, b, layer.ApplyOptions{})
+			require.Equal(t, noDirTimes(want), noDirTimes(dump(t, again, dumpOptions{})))
+		}
+	})
 }
 
 // copyTree copies by way of a tar, which other tests hold to be right.
