@@ -39,7 +39,8 @@ const (
 )
 
 // Check proves the store: it recomputes everything that is derived from
-// records, and compares the records with the driver's names. It changes
+// records, and compares the records with the driver's names and with the
+// content store. It changes
 // nothing and counts no use. An error ends the sequence; findings do not.
 // While others change the cache it may report what they are just doing.
 func (m *Manager) Check(ctx context.Context) iter.Seq2[Finding, error] {
@@ -54,6 +55,9 @@ func (m *Manager) Check(ctx context.Context) iter.Seq2[Finding, error] {
 		err = m.store.View(ctx, func(tx *metadata.Tx) error { return c.store(ctx, tx) })
 		if err == nil && !c.stopped {
 			err = c.names(ctx)
+		}
+		if err == nil && !c.stopped {
+			err = c.blobs(ctx)
 		}
 		if err != nil && !c.stopped {
 			yield(Finding{}, fmt.Errorf("check: %w", err))
@@ -132,11 +136,22 @@ func (c *checking) names(ctx context.Context) error {
 		if _, swapping := c.unswapped[ID(key)]; rec == nil && swapping {
 			rec = c.byID[ID(key)]
 		}
-		if rec == nil && !inMemory[key] && !c.m.heldByProcess(key) {
+		if rec == nil && !inMemory[key] && !c.derived(key) && !c.m.heldByProcess(key) {
 			c.report(Finding{Code: FindingSnapshotUnrecorded, Key: key, Message: "no record names this snapshot"})
 		}
 	}
 	return c.removals(ctx)
+}
+
+// derived says whether a snapshot that no record names belongs to one all the
+// same: a cleaned copy of its layer, or what an extraction made that was cut off
+// before the record said so.
+func (c *checking) derived(key string) bool {
+	if rec := c.byID[ID(key)]; rec != nil && rec.State == metadata.Lazy {
+		return true
+	}
+	id, ok := copiedFrom(key)
+	return ok && c.byID[id] != nil
 }
 
 func (c *checking) compare(rec *Record, info snapshots.Info) {
@@ -150,7 +165,9 @@ func (c *checking) compare(rec *Record, info snapshots.Info) {
 	parent := ""
 	if len(rec.Parents) == 1 {
 		if p := c.byID[rec.Parents[0]]; p != nil {
-			parent = p.Key
+			if parent = p.Key; p.State == metadata.Lazy {
+				return // it was lost, and is made again under its id
+			}
 		}
 	}
 	if rec.Op != metadata.Merge && rec.Op != metadata.Diff && info.Parent != parent {

@@ -47,9 +47,11 @@ type entry struct {
 	// touched says that a handle whose use counts was released since the
 	// last time there were none.
 	touched bool
-	// depth is the number of layers that a mount of it stacks, 0 if nobody
-	// counted them yet.
-	depth int
+	// layers is the layer list, nil if nobody computed it yet.
+	layers []ID
+	// grounded says that the record and all that it is made of have their
+	// snapshots.
+	grounded bool
 	// parents are the entries whose uses an unrecorded mutable counts in.
 	parents []*entry
 }

@@ -11,8 +11,9 @@ import (
 	"github.com/lamina-build/lamina/metadata"
 )
 
-// Finalize commits the snapshot in the driver under the record's id. A record
-// that is finalized already is left as it is. Mounts go on working.
+// Finalize commits the snapshot in the driver under the record's id; a lazy
+// record is extracted. A record that is finalized already is left as it is.
+// Mounts go on working.
 func (r *ImmutableRef) Finalize(ctx context.Context) error {
 	m := r.h.m
 	end, err := m.beginChange()
@@ -31,8 +32,12 @@ func (r *ImmutableRef) Finalize(ctx context.Context) error {
 
 // finalize brings the record of e, which the caller uses, to finalized.
 func (m *Manager) finalize(ctx context.Context, e *entry) (*Record, error) {
-	if rec := m.current(e); rec.State == metadata.Finalized {
+	switch rec := m.current(e); rec.State {
+	case metadata.Finalized:
 		return rec, nil
+	case metadata.Lazy:
+		err := m.ground(ctx, e)
+		return m.current(e), err
 	}
 	release, err := m.drive(ctx, e, "finalize")
 	if err != nil {
@@ -45,8 +50,6 @@ func (m *Manager) finalize(ctx context.Context, e *entry) (*Record, error) {
 	case metadata.Finalized:
 		return rec, nil
 	case metadata.Committed:
-	case metadata.Lazy:
-		return nil, fmt.Errorf("record %s is lazy and its snapshot cannot be made yet: %w", short(e.id), errdefs.ErrNotImplemented)
 	default:
 		return nil, fmt.Errorf("record %s is %s, commit it first: %w", short(e.id), rec.State, errdefs.ErrFailedPrecondition)
 	}
@@ -77,7 +80,12 @@ func (m *Manager) commitInDriver(ctx context.Context, id ID, key string) error {
 	if err := m.marks.setDirty(); err != nil {
 		return err
 	}
-	err := m.driver.Commit(ctx, string(id), key)
+	unlock, err := m.cleanUpper(ctx, id, key)
+	if err != nil {
+		return fmt.Errorf("clean the layer: %w", err)
+	}
+	err = m.driver.Commit(ctx, string(id), key)
+	unlock()
 	if err != nil {
 		// The call may have failed after its work was done.
 		m.setUnswapped(id, false)
@@ -123,8 +131,12 @@ func (m *Manager) setUnswapped(id ID, certain bool) {
 // swap writes that the snapshot has its final name. The driver's half cannot
 // be taken back, so this one is done even if the caller has gone.
 func (m *Manager) swap(ctx context.Context, e *entry) (*Record, error) {
+	raw, err := m.isRaw(context.WithoutCancel(ctx), string(e.id))
+	if err != nil {
+		return nil, err
+	}
 	rec, err := m.change(context.WithoutCancel(ctx), e, func(_ *metadata.Tx, edit *Edit) error {
-		finalized(edit.rec, m.info)
+		finalized(edit.rec, raw)
 		return nil
 	})
 	if err != nil {

@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/lamina-build/lamina/cache/policy"
+	"github.com/lamina-build/lamina/layer"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 )
@@ -40,7 +42,9 @@ type Manager struct {
 	log       *slog.Logger
 	now       func() time.Time
 	step      func(string) error
+	limits    layer.Limits
 	unconfirm func([]byte) ([]byte, error)
+	blobs     *blobStore
 	marks     *marks
 	pool      *pool
 	syncer    *syncer
@@ -48,6 +52,12 @@ type Manager struct {
 	collector *collector
 	// diskFigures stands in for statfs, if not nil.
 	diskFigures func() (policy.Disk, error)
+
+	// extracting and cleaning share the extraction of one record, and the
+	// making of a cleaned copy of its layer.
+	extracting, cleaning shared[ID, struct{}]
+	// blobbing shares the making of one blob.
+	blobbing shared[blobKey, ocispec.Descriptor]
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -109,12 +119,14 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 
 		now:       o.Now,
 		step:      o.Step,
+		limits:    o.LayerLimits,
 		unconfirm: o.Unconfirm,
 		entries:   map[metadata.ID]*entry{},
 		written:   map[string]struct{}{},
 		unswapped: map[metadata.ID]bool{},
 		orphans:   map[string]snapshot.Pending{},
 	}
+	m.blobs = newBlobStore(m, &o)
 	if err := m.open(ctx, &o); err != nil {
 		if m.ownDriver && m.driver != nil {
 			err = errors.Join(err, m.driver.Close())
@@ -360,5 +372,5 @@ func (m *Manager) unsettled() bool {
 			return true
 		}
 	}
-	return m.leftover || len(m.unswapped) > 0 || len(m.orphans) > 0
+	return m.leftover || len(m.unswapped) > 0 || len(m.orphans) > 0 || m.blobs.busy()
 }

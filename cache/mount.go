@@ -93,6 +93,9 @@ func (h *handle) mount(ctx context.Context, readOnly bool) (*Mount, error) {
 		return nil, err
 	}
 	defer done()
+	if err := m.ground(ctx, e); err != nil {
+		return nil, fmt.Errorf("mount record %s: %w", short(e.id), err)
+	}
 	if !readOnly {
 		// A commit must not overlook a writable mount that is being made.
 		release, err := m.drive(ctx, e, "mount")
@@ -169,7 +172,7 @@ func (m *Manager) plainDir(ctx context.Context, e *entry) (dir string, err error
 func (m *Manager) byName(e *entry, fn func(key string) error) error {
 	rec := m.current(e)
 	if rec.State == metadata.Lazy {
-		return fmt.Errorf("it is lazy and its snapshot cannot be made yet: %w", errdefs.ErrNotImplemented)
+		return fmt.Errorf("it has no snapshot: %w", errdefs.ErrFailedPrecondition)
 	}
 	err := fn(rec.Key)
 	if !errors.Is(err, errdefs.ErrNotFound) {

@@ -96,6 +96,9 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 		if err != nil {
 			return nil, fmt.Errorf("finalize the parent: %w", err)
 		}
+		if err := m.ground(ctx, pe); err != nil {
+			return nil, fmt.Errorf("extract what the parent is made of: %w", err)
+		}
 		rec.Op, rec.Parents, parentKey = metadata.Layer, []ID{prec.ID}, prec.Key
 	}
 
@@ -121,7 +124,7 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 
 	m.lock()
 	defer m.unlock()
-	e.rec, e.recorded = rec, o.Retain
+	e.rec, e.recorded, e.grounded = rec, o.Retain, true
 	if pe != nil && !o.Retain {
 		m.useLocked(pe)
 		e.parents = append(e.parents, pe)
@@ -136,32 +139,16 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 // requireDepth refuses a parent on which one more layer could be written, but
 // never mounted again once it is committed.
 func (m *Manager) requireDepth(ctx context.Context, e *entry) error {
-	if m.info.MaxDepth == 0 {
+	most := m.info.MaxDepth
+	if most == 0 {
 		return nil
 	}
-	m.lock()
-	depth, parent := e.depth, e.rec
-	m.unlock()
-	if depth == 0 {
-		err := m.store.View(ctx, func(tx *metadata.Tx) error {
-			rec := parent
-			for depth = 1; len(rec.Parents) > 0 && depth < m.info.MaxDepth; depth++ {
-				var err error
-				if rec, err = tx.Get(rec.Parents[0]); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return fmt.Errorf("count the layers of the parent: %w", err)
-		}
-		m.lock()
-		e.depth = depth
-		m.unlock()
+	list, err := m.layers(ctx, e)
+	if err != nil {
+		return fmt.Errorf("count the layers of the parent: %w", err)
 	}
-	if depth >= m.info.MaxDepth {
-		return fmt.Errorf("parent %s has %d layers, as many as one mount can stack: %w", short(parent.ID), depth, errdefs.ErrFailedPrecondition)
+	if len(list) >= most {
+		return fmt.Errorf("parent %s has %d layers, as many as one mount can stack: %w", short(e.id), len(list), errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }

@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"github.com/lamina-build/lamina/cache/policy"
+	"github.com/containerd/containerd/v2/core/content"
+
+	"github.com/lamina-build/lamina/layer"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 )
@@ -52,6 +55,21 @@ type Options struct {
 	// and, for a new store, whatever a trial mount allows. Asking for another
 	// driver than the store has is FailedPrecondition.
 	DriverName string
+
+	// Content is where layer blobs are kept. Nil is a store below Root, which
+	// is ours alone and is made when it is first needed. One that is handed in
+	// is the caller's to close and may be shared: blobs in it are labelled with
+	// what we use, containerd's collector keeps them by these labels, and
+	// nothing without our label is ever removed, so that a store that keeps no
+	// labels keeps all blobs.
+	Content content.Store
+	// ContentGC says that Content has a garbage collector, as containerd's
+	// metadata store has: blobs are given up by their labels only, never
+	// deleted.
+	ContentGC bool
+	// LayerLimits bound what one layer may hold that is extracted. The zero
+	// value has defaults.
+	LayerLimits layer.Limits
 
 	// LockTimeout bounds the wait for another process that has the store
 	// open, one second if zero. The error names that process.

@@ -7,7 +7,6 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/lamina-build/lamina/metadata"
-	"github.com/lamina-build/lamina/snapshot"
 )
 
 // ImmutableRef is a handle on a record whose snapshot nobody changes. Release
@@ -177,11 +176,10 @@ func (m *Manager) change(ctx context.Context, e *entry, fn func(*metadata.Tx, *E
 }
 
 // finalized turns a record into one whose snapshot has its final name.
-func finalized(rec *Record, d snapshot.Info) {
+func finalized(rec *Record, raw bool) {
 	rec.State = metadata.Finalized
 	rec.Was, rec.Key = rec.Key, string(rec.ID)
 	// The driver may give up what it needs for writable snapshots only.
 	rec.Size = metadata.SizeUnknown
-	// The upper directory is taken as overlayfs left it.
-	rec.Raw = d.Attributes != ""
+	rec.Raw = raw
 }

@@ -282,6 +282,7 @@ func (r *removal) sizeOf(ctx context.Context, v *victim) int64 {
 func (r *removal) commit(ctx context.Context, order []ID) {
 	// What was begun is ended: the names are away already.
 	ctx = context.WithoutCancel(ctx)
+	blobs := r.m.blobs.intentsFor(r.records(order))
 	var refused map[ID]error
 	err := errNothingToDo
 	if slices.ContainsFunc(order, func(id ID) bool { return r.failed[id] == nil }) {
@@ -311,6 +312,7 @@ func (r *removal) commit(ctx context.Context, order []ID) {
 		return
 	}
 	maps.Copy(r.failed, refused)
+	r.m.blobs.drop(ctx, blobs)
 	// Parents go back before their children.
 	for _, id := range slices.Backward(order) {
 		v := r.victims[id]
@@ -328,6 +330,16 @@ func (r *removal) commit(ctx context.Context, order []ID) {
 		}
 		v.trash = nil
 	}
+}
+
+// records are those of the victims that are about to go.
+func (r *removal) records(order []ID) (recs []*Record) {
+	for _, id := range order {
+		if r.failed[id] == nil {
+			recs = append(recs, r.victims[id].rec)
+		}
+	}
+	return recs
 }
 
 var errNothingToDo = errors.New("no record is left to remove")
@@ -380,6 +392,9 @@ func driverKeys(rec *Record) (keys []string) {
 		if key != "" && !slices.Contains(keys, key) {
 			keys = append(keys, key)
 		}
+	}
+	if rec.Raw {
+		keys = append(keys, cleanKey(rec.ID))
 	}
 	return keys
 }

@@ -115,7 +115,11 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 	id = m.store.NewID()
 	ne, done := m.announce(id)
 	defer done()
+	blobs := m.blobs.intentsFor([]*Record{rec})
 	next, err := m.replace(ctx, e.id, id, o)
+	if !is(err, metadata.ErrUnknownOutcome) {
+		m.blobs.drop(ctx, blobs)
+	}
 	if err != nil {
 		return nil, err
 	}

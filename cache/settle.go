@@ -25,7 +25,14 @@ import (
 //	mutable or committed, active there          kept
 //	committed, committed under the record's id  the Finalize is finished
 //	finalized, only the former name is there    renamed again
-//	any, nothing there                          dropped with its descendants
+//	lazy, committed under the record's id       same boot: left for the next
+//	                                            Extract; else removed
+//	finalized, nothing there                    lazy again if a blob is here or
+//	                                            it is a merge or a diff, else
+//	                                            dropped with its descendants
+//	any other, nothing there                    dropped with its descendants
+//	intent of a blob that no record names       blob and intent removed
+//	unfinished blob of ours                     removed
 //
 // In another boot data that was not synced may be gone although its names are
 // there, so unsynced records are dropped first, and all names are compared
@@ -39,6 +46,8 @@ type settling struct {
 	suspects []metadata.ID
 	// doomed are records to drop, with the reason for the log.
 	doomed map[metadata.ID]string
+	// again are records that lost their snapshot and can make it again.
+	again map[metadata.ID]string
 	// refused are names without a record that have children.
 	refused []string
 	// fixes are records whose snapshot has its final name already.
@@ -59,9 +68,10 @@ func (m *Manager) settle(ctx context.Context, meta metadata.Meta, sameBoot bool)
 	if err := dropStaleHolds(m.root); err != nil {
 		m.log.Warn("stale holds could not be cleaned", "error", err)
 	}
-	s := &settling{m: m, sameBoot: sameBoot, doomed: map[metadata.ID]string{}}
+	s := &settling{m: m, sameBoot: sameBoot, doomed: map[metadata.ID]string{}, again: map[metadata.ID]string{}}
 	for _, step := range []func(context.Context) error{
-		s.readNames, s.settleRemovals, s.judgeRecords, s.dropUnrecorded, s.dropDoomed, s.dropRefused,
+		s.readNames, s.settleRemovals, s.judgeRecords, s.makeLazy,
+		s.dropUnrecorded, s.dropDoomed, s.dropRefused, s.dropCopies, s.settleBlobs,
 	} {
 		if err := step(ctx); err != nil {
 			return fmt.Errorf("settle the store: %w", err)
@@ -131,6 +141,9 @@ func (s *settling) settleRemovals(ctx context.Context) error {
 		}
 		if owner != "" {
 			m.log.Info("settled: removal finished", "id", owner, "key", p.Key)
+			if rec, err := m.read(ctx, owner); err == nil {
+				m.blobs.intentsFor([]*Record{rec})
+			}
 			if err := m.store.Update(ctx, func(tx *metadata.Tx) error { return tx.Delete(owner) }); err != nil {
 				return err
 			}
@@ -194,7 +207,9 @@ func (s *settling) judgeRecords(ctx context.Context) error {
 			continue
 		}
 		if !s.sameBoot && lostByPowerCut(rec) {
-			s.doomed[rec.ID] = "its data was not synced before the machine went down"
+			if err := s.lost(ctx, rec, "its data was not synced before the machine went down"); err != nil {
+				return err
+			}
 			continue
 		}
 		if err := s.judge(ctx, rec); err != nil {
@@ -255,8 +270,7 @@ func (s *settling) judge(ctx context.Context, rec *metadata.Record) error {
 			return err
 		}
 	}
-	s.doomed[rec.ID] = "its snapshot is gone"
-	return nil
+	return s.lost(ctx, rec, "its snapshot is gone")
 }
 
 // judgeActive looks at what a power cut left of a snapshot that has its name:
@@ -286,6 +300,13 @@ func (s *settling) finish(ctx context.Context, meta metadata.Meta) error {
 	if s.sameBoot && len(s.fixes) == 0 {
 		return nil
 	}
+	raw := map[metadata.ID]bool{}
+	for _, id := range s.fixes {
+		var err error
+		if raw[id], err = m.isRaw(ctx, string(id)); err != nil && !is(err, errdefs.ErrNotFound) {
+			return fmt.Errorf("settle record %s: %w", short(id), err)
+		}
+	}
 	err := m.store.Update(ctx, func(tx *metadata.Tx) error {
 		for _, id := range s.fixes {
 			rec, err := tx.Get(id)
@@ -295,7 +316,7 @@ func (s *settling) finish(ctx context.Context, meta metadata.Meta) error {
 			if err != nil {
 				return err
 			}
-			finalized(rec, m.info)
+			finalized(rec, raw[id])
 			if _, err := tx.Put(rec); err != nil {
 				return err
 			}

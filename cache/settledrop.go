@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -198,6 +199,46 @@ func (s *settling) dropUnrecorded(ctx context.Context) error {
 	return err
 }
 
+// copiedFrom is the record whose layer's cleaned copy may have this key.
+func copiedFrom(key string) (metadata.ID, bool) {
+	id, ok := strings.CutSuffix(key, cleanSuffix)
+	return metadata.ID(id), ok
+}
+
+// dropCopies removes, in another boot, the cleaned copies of layers that nobody
+// needs: they may not have reached the disk, and are made again.
+func (s *settling) dropCopies(ctx context.Context) error {
+	if s.sameBoot {
+		return nil
+	}
+	committed, err := s.m.driver.Committed(ctx)
+	if err != nil {
+		return err
+	}
+	var copies []string
+	for _, key := range committed {
+		if _, ok := copiedFrom(key); ok {
+			if _, err := s.owner(ctx, key); is(err, errdefs.ErrNotFound) {
+				copies = append(copies, key)
+			} else if err != nil {
+				return err
+			}
+		}
+	}
+	// One that a merge stacks, whose data is on the disk, is refused.
+	_, err = s.dropNames(ctx, copies)
+	return err
+}
+
+// owner is the record that names a driver key.
+func (s *settling) owner(ctx context.Context, key string) (id metadata.ID, err error) {
+	err = s.m.store.View(ctx, func(tx *metadata.Tx) (err error) {
+		id, err = tx.ByKey(key)
+		return err
+	})
+	return id, err
+}
+
 // dropRefused tries again what had children that were doomed.
 func (s *settling) dropRefused(ctx context.Context) error {
 	kept, err := s.dropNames(ctx, s.refused)
@@ -208,8 +249,14 @@ func (s *settling) dropRefused(ctx context.Context) error {
 }
 
 // named says whether key is the final name of a record whose Finalize is
-// about to be finished, or belongs to a living process.
+// about to be finished, belongs to a living process, or is a cleaned copy of a
+// layer, which comes later.
 func (s *settling) named(tx *metadata.Tx, key string) bool {
+	if id, ok := copiedFrom(key); ok {
+		if _, err := tx.Get(id); err == nil {
+			return true
+		}
+	}
 	rec, err := tx.Get(metadata.ID(key))
 	if err == nil && rec.State == metadata.Committed && string(rec.ID) == key {
 		return true

@@ -393,9 +393,11 @@ func (m *Manager) measureRest(ctx context.Context, u *Usage) (err error) {
 	if u.Pending, err = blocksBelow(ctx, filepath.Join(m.root, "snapshots", "trash")); err != nil {
 		return fmt.Errorf("measure pending removals: %w", err)
 	}
-	if u.Blobs, err = blocksBelow(ctx, filepath.Join(m.root, "content")); err != nil {
+	blobs, inUse, err := m.measureBlobs(ctx, u.Entries)
+	if err != nil {
 		return fmt.Errorf("measure blobs: %w", err)
 	}
+	u.Blobs, u.InUse = blobs, u.InUse+inUse
 	u.FSTotal, u.FSFree, err = m.fileSystem()
 	return err
 }

@@ -142,6 +142,10 @@ type Blob struct {
 	DiffID      digest.Digest
 	Annotations map[string]string
 	URLs        []string
+	// Stored says that the blob was in the content store when the record
+	// learnt of it, or since: that it is not there is a loss. A blob that is
+	// not stored is known from a descriptor only.
+	Stored bool
 
 	unknown []byte
 }

@@ -406,6 +406,7 @@ type Blob struct {
 	DiffId        []byte                 `protobuf:"bytes,4,opt,name=diff_id,json=diffId,proto3" json:"diff_id,omitempty"`
 	Annotations   []*Pair                `protobuf:"bytes,5,rep,name=annotations,proto3" json:"annotations,omitempty"`
 	Urls          [][]byte               `protobuf:"bytes,6,rep,name=urls,proto3" json:"urls,omitempty"`
+	Stored        bool                   `protobuf:"varint,7,opt,name=stored,proto3" json:"stored,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -480,6 +481,13 @@ func (x *Blob) GetUrls() [][]byte {
 		return x.Urls
 	}
 	return nil
+}
+
+func (x *Blob) GetStored() bool {
+	if x != nil {
+		return x.Stored
+	}
+	return false
 }
 
 // Value is a named datum of a caller.
@@ -716,7 +724,7 @@ const file_metadata_internal_recordpb_record_proto_rawDesc = "" +
 	"\x05nanos\x18\x02 \x01(\x05R\x05nanos\".\n" +
 	"\x04Pair\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\fR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\fR\x05value\"\xba\x01\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\"\xd2\x01\n" +
 	"\x04Blob\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\fR\x06digest\x12\x1d\n" +
 	"\n" +
@@ -724,7 +732,8 @@ const file_metadata_internal_recordpb_record_proto_rawDesc = "" +
 	"\x04size\x18\x03 \x01(\x03R\x04size\x12\x17\n" +
 	"\adiff_id\x18\x04 \x01(\fR\x06diffId\x12:\n" +
 	"\vannotations\x18\x05 \x03(\v2\x18.lamina.metadata.v1.PairR\vannotations\x12\x12\n" +
-	"\x04urls\x18\x06 \x03(\fR\x04urls\"E\n" +
+	"\x04urls\x18\x06 \x03(\fR\x04urls\x12\x16\n" +
+	"\x06stored\x18\a \x01(\bR\x06stored\"E\n" +
 	"\x05Value\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\fR\x04name\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x14\n" +

@@ -1,0 +1,182 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/layer"
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// Codes of findings about blobs. Their Key is the digest.
+const (
+	// FindingBlobMissing: a blob that was in the content store is not there.
+	FindingBlobMissing = "blob-missing"
+	// FindingBlobSize: a blob has another size than its record says.
+	FindingBlobSize = "blob-size"
+	// FindingBlobDigest: a blob's bytes are not those of its digest. Only
+	// CheckData finds it.
+	FindingBlobDigest = "blob-digest"
+)
+
+// blobs compares records with the content store.
+func (c *checking) blobs(ctx context.Context) error {
+	for _, id := range slices.Sorted(maps.Keys(c.byID)) {
+		rec := c.byID[id]
+		for _, blob := range rec.Blobs {
+			if !blob.Stored {
+				continue
+			}
+			size, there, err := c.m.blobs.size(ctx, blob.Digest)
+			switch {
+			case err != nil:
+				return err
+			case !there:
+				c.report(Finding{Code: FindingBlobMissing, ID: id, Key: string(blob.Digest), Message: "a blob of the record is not in the content store"})
+			case blob.Size > 0 && size != blob.Size:
+				c.report(Finding{Code: FindingBlobSize, ID: id, Key: string(blob.Digest), Message: fmt.Sprintf("the blob has %d bytes, not %d", size, blob.Size)})
+			}
+		}
+	}
+	return nil
+}
+
+// DataReport says what CheckData read.
+type DataReport struct {
+	// Blobs is how many there are, Read how many of them were read, with
+	// Bytes bytes.
+	Blobs, Read int
+	Bytes       int64
+	// Unreferenced is the number of snapshots that nothing here could be held
+	// against, since their layer has no blob.
+	Unreferenced int
+}
+
+// CheckData reads a random sample of the blobs again, percent of them but at
+// least one, and hands found each whose bytes do not have its digest. It changes
+// nothing. Files in snapshots are not read: what they should hold is known to
+// blobs alone.
+func (m *Manager) CheckData(ctx context.Context, percent float64, found func(Finding)) (out DataReport, err error) {
+	end, err := m.begin()
+	if err != nil {
+		return out, err
+	}
+	defer end()
+	if !(percent > 0 && percent <= 100) {
+		return out, fmt.Errorf("%v percent of the data: %w", percent, errdefs.ErrInvalidArgument)
+	}
+	owners := map[digest.Digest]ID{}
+	blobs := map[digest.Digest]Blob{}
+	err = m.store.View(ctx, func(tx *metadata.Tx) error {
+		for rec, err := range tx.Records() {
+			if err != nil {
+				continue // Check reports it
+			}
+			if rec.Key != "" && len(rec.Blobs) == 0 {
+				out.Unreferenced++
+			}
+			for _, b := range rec.Blobs {
+				owners[b.Digest], blobs[b.Digest] = rec.ID, b
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return out, fmt.Errorf("list blobs: %w", err)
+	}
+	var here []digest.Digest
+	for _, d := range slices.Sorted(maps.Keys(blobs)) {
+		if _, there, err := m.blobs.size(ctx, d); err != nil {
+			return out, err
+		} else if there {
+			here = append(here, d)
+		}
+	}
+	out.Blobs = len(here)
+	rand.Shuffle(len(here), func(i, j int) { here[i], here[j] = here[j], here[i] })
+	sample := int(float64(len(here))*percent/100 + 0.999999)
+	for _, d := range here[:min(sample, len(here))] {
+		n, err := m.readBlob(ctx, blobs[d])
+		out.Bytes += n
+		if is(err, errdefs.ErrDataLoss) {
+			found(Finding{Code: FindingBlobDigest, ID: owners[d], Key: string(d), Message: err.Error()})
+		} else if err != nil {
+			return out, err
+		}
+		out.Read++
+	}
+	return out, nil
+}
+
+// readBlob reads a blob of the store to its end and compares it.
+func (m *Manager) readBlob(ctx context.Context, b Blob) (n int64, err error) {
+	ra, err := m.blobs.reader(ctx, ocispec.Descriptor{MediaType: b.MediaType, Digest: b.Digest, Size: b.Size})
+	if is(err, errdefs.ErrNotFound) {
+		return 0, nil // removed meanwhile
+	}
+	if err != nil {
+		return 0, fmt.Errorf("open blob %s: %w", b.Digest, err)
+	}
+	defer func() { err = errors.Join(err, ra.Close()) }()
+	size := b.Size
+	if size <= 0 {
+		size = ra.Size()
+	}
+	v, err := layer.Verify(sequential(ctx, ra), b.Digest, size)
+	if err != nil {
+		return 0, err
+	}
+	return io.Copy(io.Discard, v)
+}
+
+// measureBlobs is what blobs occupy, in bytes on the disk, each once: all, and
+// those of records that are in use.
+func (m *Manager) measureBlobs(ctx context.Context, entries []UsageEntry) (all, inUse int64, err error) {
+	seen := map[digest.Digest]bool{} // true: it counts as in use
+	for i := range entries {
+		for _, b := range entries[i].Record.Blobs {
+			seen[b.Digest] = seen[b.Digest] || entries[i].InUse
+		}
+	}
+	for d, used := range seen {
+		size, err := m.blobs.occupied(ctx, d)
+		if err != nil {
+			return 0, 0, fmt.Errorf("measure blob %s: %w", d, err)
+		}
+		all += size
+		if used {
+			inUse += size
+		}
+	}
+	if m.blobs.given() == nil {
+		// With what is being written, and what others left there.
+		all, err = blocksBelow(ctx, m.blobs.dir)
+	}
+	return all, inUse, err
+}
+
+// occupied is what a blob takes of the disk.
+func (b *blobStore) occupied(ctx context.Context, d digest.Digest) (int64, error) {
+	size, there, err := b.size(ctx, d)
+	if is(err, errdefs.ErrInvalidArgument) || err == nil && !there {
+		return 0, nil
+	}
+	if err != nil || b.given() != nil {
+		return size, err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(b.path(d), &st); err != nil {
+		return 0, nil //nolint:nilerr // it went meanwhile
+	}
+	return st.Blocks * 512, nil
+}

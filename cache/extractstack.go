@@ -1,0 +1,213 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/lamina-build/lamina/metadata"
+	"github.com/lamina-build/lamina/snapshot"
+)
+
+// makeStack makes the snapshot of a merge, or of a diff that consists of layers
+// of its upper: a list of names where the driver stacks, else the layers
+// applied one after the other.
+func (x *extraction) makeStack(ctx context.Context, list []ID) error {
+	m := x.m
+	s, ok := m.driver.Stacker()
+	if !ok {
+		return x.applyLayers(ctx, list)
+	}
+	names := make([]string, len(list))
+	for i, id := range list {
+		name, err := m.stackable(ctx, s, id)
+		var bound *snapshot.LayerError
+		if errors.As(err, &bound) && bound.Bound {
+			m.log.Info("a layer cannot be stacked, so all are applied", "id", x.rec.ID, "layer", id, "reason", bound.Reason)
+			return x.applyLayers(ctx, list)
+		}
+		if err != nil {
+			return err
+		}
+		names[i] = name
+	}
+	return x.named(ctx, func(name string) error { return s.Stack(ctx, name, names) })
+}
+
+// makeDiff makes the snapshot of a diff that has a layer of its own, by
+// comparing its inputs.
+func (x *extraction) makeDiff(ctx context.Context) error {
+	m := x.m
+	c, err := m.changeOf(ctx, x.rec)
+	if err != nil {
+		return err
+	}
+	if s, ok := m.driver.Stacker(); ok {
+		return x.named(ctx, func(name string) error { return s.Diff(ctx, name, c.Lower, c.Upper) })
+	}
+	return x.fresh(ctx, "", func(key string) error {
+		return snapshot.Apply(ctx, m.driver, key, []snapshot.Change{c})
+	})
+}
+
+// named makes a committed name at once. The call may fail after its work was
+// done.
+func (x *extraction) named(ctx context.Context, make func(name string) error) error {
+	m, id := x.m, x.rec.ID
+	if err := m.step("extract commit"); err != nil {
+		return err
+	}
+	err := make(string(id))
+	if err == nil {
+		return nil
+	}
+	there, serr := m.hasCommitted(context.WithoutCancel(ctx), id)
+	if serr != nil {
+		m.setUnswapped(id, false)
+		return errors.Join(err, serr)
+	}
+	if there {
+		return nil
+	}
+	return err
+}
+
+// stackable is the name of a record's layer that may lie over any other: the
+// snapshot's own or, where that is raw, that of a cleaned copy, which is made
+// when it is first needed.
+func (m *Manager) stackable(ctx context.Context, s snapshot.Stacker, id ID) (string, error) {
+	key, err := m.keyOf(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	list, err := s.Layers(ctx, key)
+	if err != nil {
+		return "", err
+	}
+	if own := list[len(list)-1]; own.Clean {
+		return key, nil
+	}
+	copied := cleanKey(id)
+	_, err = m.cleaning.do(ctx, &m.running, id, func(ctx context.Context) (struct{}, error) {
+		_, err := m.driver.Stat(ctx, copied)
+		if is(err, errdefs.ErrNotFound) {
+			if err = m.step("clean copy"); err == nil {
+				err = s.CleanCopy(ctx, copied, key)
+			}
+		}
+		return struct{}{}, err
+	})
+	return copied, err
+}
+
+// cleanKey is the driver's name of a cleaned copy of a record's layer. It
+// belongs to the record, which does not name it.
+func cleanKey(id ID) string { return string(id) + cleanSuffix }
+
+const cleanSuffix = "-c"
+
+// applyLayers makes the snapshot from an empty one. A layer whose blob is here
+// is applied as the blob says it, another as the difference that it made to
+// what lay below it.
+func (x *extraction) applyLayers(ctx context.Context, list []ID) error {
+	m := x.m
+	_, stacks := m.driver.Stacker()
+	return x.fresh(ctx, "", func(key string) error {
+		for _, id := range list {
+			rec, err := m.read(ctx, id)
+			if err != nil {
+				return err
+			}
+			if !stacks {
+				if done, err := x.applyBlob(ctx, key, rec); done || err != nil {
+					if err != nil {
+						return fmt.Errorf("layer %s: %w", short(id), err)
+					}
+					continue
+				}
+			}
+			c, err := m.changeOf(ctx, rec)
+			if err == nil {
+				err = snapshot.Apply(ctx, m.driver, key, []snapshot.Change{c})
+			}
+			if err != nil {
+				return fmt.Errorf("layer %s: %w", short(id), err)
+			}
+		}
+		return nil
+	})
+}
+
+// applyBlob applies a layer's blob to a tree, if it is here.
+func (x *extraction) applyBlob(ctx context.Context, key string, rec *Record) (done bool, err error) {
+	src, ok, err := x.m.blobs.source(ctx, rec)
+	if err != nil || !ok || !src.stored {
+		return false, err
+	}
+	ra, err := src.open(ctx, x.m.blobs)
+	if err != nil {
+		return false, err
+	}
+	one := &extraction{m: x.m, rec: rec}
+	err = one.applyVerified(ctx, key, &src.blob, ra, sequential(ctx, ra))
+	return true, errors.Join(err, ra.Close())
+}
+
+// changeOf is the difference that a record's own layer is.
+func (m *Manager) changeOf(ctx context.Context, rec *Record) (c snapshot.Change, err error) {
+	switch {
+	case rec.Op == metadata.Diff:
+		if c.Lower, err = m.keyOf(ctx, rec.Parents[0]); err == nil {
+			c.Upper, err = m.keyOf(ctx, rec.Parents[1])
+		}
+		return c, err
+	case len(rec.Parents) > 0:
+		if c.Lower, err = m.keyOf(ctx, rec.Parents[0]); err != nil {
+			return c, err
+		}
+	}
+	c.Upper, err = m.keyOf(ctx, rec.ID)
+	return c, err
+}
+
+// isRaw says whether the layer of a committed snapshot may lie over its own
+// parent only, as overlayfs left it.
+func (m *Manager) isRaw(ctx context.Context, key string) (bool, error) {
+	s, ok := m.driver.Stacker()
+	if !ok {
+		return m.info.Attributes != "", nil
+	}
+	list, err := s.Layers(ctx, key)
+	if err != nil || len(list) == 0 {
+		return false, err
+	}
+	own := list[len(list)-1]
+	return own.Name == key && !own.Clean, nil
+}
+
+// cleanUpper makes the layer of an active snapshot that is about to be
+// committed the mere difference to its parent. Where somebody may look at it
+// that cannot be: then it stays raw. unlock lets mounts of the record go on.
+func (m *Manager) cleanUpper(ctx context.Context, id ID, key string) (unlock func(), err error) {
+	s, ok := m.driver.Stacker()
+	if !ok {
+		return func() {}, nil
+	}
+	unlock = m.pool.lockKey(id)
+	if m.pool.mounted(id) {
+		return unlock, nil
+	}
+	if _, busy, err := testHold(m.root, id, true); busy || err != nil {
+		return unlock, nil //nolint:nilerr // who cannot be known may be there
+	}
+	if err = m.step("clean"); err == nil {
+		_, err = s.Clean(ctx, key)
+	}
+	if err == nil || ctx.Err() == nil && is(err, errdefs.ErrFailedPrecondition, errdefs.ErrPermissionDenied) {
+		return unlock, nil
+	}
+	unlock()
+	return nil, err
+}

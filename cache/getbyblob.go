@@ -1,0 +1,305 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/lamina-build/lamina/layer"
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// BlobOptions say how GetByBlob finds or makes the record of a layer.
+type BlobOptions struct {
+	// Provider is where the blob can be had from when it is needed and is not
+	// in the content store. It is remembered for the blob's digest until the
+	// cache is closed or the blob's last record is removed.
+	Provider content.Provider
+	// NoUpdate keeps this use out of the record's last-used time and count.
+	NoUpdate bool
+
+	// The rest is for a record that is made; one that is there keeps its own.
+
+	// Type is the record type, TypeRegular if empty.
+	Type        string
+	Description string
+	Labels      map[string]string
+	Values      []Value
+	// ImageRefs say for people where the layer comes from.
+	ImageRefs []string
+}
+
+// GetByBlob gives a handle on the record of a layer blob over parent, which may
+// be nil. A new record is lazy: its snapshot is made by Extract, or when it is
+// needed. Records are found by their ChainID, so gzip, zstd and uncompressed
+// forms of one layer are one record with several blobs. A parent that is
+// committed is finalized first; its handle stays the caller's.
+//
+// The DiffID is taken from the annotation containerd.io/uncompressed of desc;
+// without it an uncompressed blob is its own, and for one that is in the content
+// store it is computed. The layer is checked against it when it is extracted.
+//
+// Errors: InvalidArgument for a descriptor whose DiffID cannot be known;
+// NotImplemented for one that is no layer's, or an encrypted one's.
+func (m *Manager) GetByBlob(ctx context.Context, desc ocispec.Descriptor, parent *ImmutableRef, o BlobOptions) (*ImmutableRef, error) {
+	end, err := m.beginChange()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	from := callerOf(1)
+	ref, err := m.getByBlob(ctx, desc, parent, o)
+	if err != nil {
+		return nil, fmt.Errorf("get layer %s: %w", clip(string(desc.Digest)), err)
+	}
+	ref.h.noTouch, ref.h.caller = o.NoUpdate, from
+	return ref, nil
+}
+
+func (m *Manager) getByBlob(ctx context.Context, desc ocispec.Descriptor, parent *ImmutableRef, o BlobOptions) (_ *ImmutableRef, err error) {
+	if err := desc.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("digest: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if desc.Size < 0 {
+		return nil, fmt.Errorf("size %d: %w", desc.Size, errdefs.ErrInvalidArgument)
+	}
+	diffID, err := m.diffIDOf(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	l := &layerSought{m: m, desc: desc, diffID: diffID, o: o}
+	if parent != nil {
+		if parent.h.m != m {
+			return nil, fmt.Errorf("parent %s belongs to another cache: %w", short(parent.ID()), errdefs.ErrInvalidArgument)
+		}
+		e, done, err := parent.h.use()
+		if err != nil {
+			return nil, err
+		}
+		defer done()
+		if err := m.requireDepth(ctx, e); err != nil {
+			return nil, err
+		}
+		if l.parent, err = m.immutable(ctx, e); err != nil {
+			return nil, fmt.Errorf("finalize the parent: %w", err)
+		}
+	}
+	if err := l.draft(); err != nil {
+		return nil, err
+	}
+	ref, err := l.get(ctx)
+	if err == nil {
+		m.blobs.provide(desc.Digest, o.Provider)
+	}
+	return ref, err
+}
+
+// immutable brings the record of e, which the caller uses, to a state in which
+// it can be a parent or an input: finalized, or lazy as it is.
+func (m *Manager) immutable(ctx context.Context, e *entry) (*Record, error) {
+	if rec := m.current(e); rec.State == metadata.Lazy {
+		return rec, nil
+	}
+	return m.finalize(ctx, e)
+}
+
+// layerSought is a call of GetByBlob.
+type layerSought struct {
+	m      *Manager
+	desc   ocispec.Descriptor
+	diffID digest.Digest
+	parent *Record // nil for none
+	o      BlobOptions
+
+	edit  Edit // the record to be made if there is none
+	chain digest.Digest
+}
+
+// draft prepares the record that is made if there is none.
+func (l *layerSought) draft() error {
+	rec := &Record{
+		State: metadata.Lazy, Op: metadata.Layer, DiffID: l.diffID,
+		Type: l.o.Type, Description: l.o.Description, Labels: maps.Clone(l.o.Labels),
+		ImageRefs: slices.Clone(l.o.ImageRefs),
+		Created:   l.m.now(), Size: metadata.SizeUnknown,
+	}
+	if rec.Type == "" {
+		rec.Type = TypeRegular
+	}
+	if l.parent != nil {
+		rec.Parents = []ID{l.parent.ID}
+	}
+	l.edit = Edit{rec: rec}
+	for _, v := range l.o.Values {
+		if err := l.edit.SetValue(v); err != nil {
+			return err
+		}
+	}
+	return validate(rec)
+}
+
+// get finds the record, or makes it. A record that is found may be gone the
+// moment after: then it is sought again.
+func (l *layerSought) get(ctx context.Context) (*ImmutableRef, error) {
+	for {
+		var found *Record
+		err := l.m.store.View(ctx, func(tx *metadata.Tx) (err error) {
+			found, err = l.find(tx)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		if found == nil {
+			if found, err = l.make(ctx); err != nil {
+				return nil, err
+			}
+		}
+		ref, err := l.m.Get(ctx, found.ID, GetOptions{NoUpdate: true})
+		if is(err, errdefs.ErrNotFound) {
+			continue
+		}
+		if err == nil {
+			if err = l.addBlob(ctx, ref); err == nil {
+				return ref, nil
+			}
+			err = errors.Join(err, ref.Release(ctx))
+		}
+		return nil, err
+	}
+}
+
+// find looks for a layer that is equal: by its ChainID or, over a parent that
+// has none, among the children of that. A merge with the same ChainID is not
+// meant.
+func (l *layerSought) find(tx *metadata.Tx) (found *Record, err error) {
+	below := digest.Digest("")
+	if l.parent != nil {
+		parent, err := tx.Get(l.parent.ID)
+		if err != nil {
+			return nil, err
+		}
+		if below, err = newLister(tx).chain(parent); err != nil {
+			return nil, err
+		}
+	}
+	ids := tx.Children(parentID(l.parent))
+	if l.parent == nil || below != "" {
+		l.chain = chainOver(below, l.diffID)
+		ids = tx.ByIndex("chainid:" + string(l.chain))
+	}
+	for id := range ids {
+		rec, err := tx.Get(id)
+		if err != nil || rec.Op != metadata.Layer && rec.Op != metadata.Base || rec.DiffID != l.diffID {
+			continue
+		}
+		if rec.State != metadata.Lazy && rec.State != metadata.Finalized {
+			continue
+		}
+		// Records of one tree over several parents may exist: that over this
+		// one, if there is one.
+		if slices.Equal(rec.Parents, l.edit.rec.Parents) {
+			return rec, nil
+		}
+		if found == nil && l.chain != "" {
+			found = rec
+		}
+	}
+	return found, nil
+}
+
+// make writes the record, unless somebody was faster.
+func (l *layerSought) make(ctx context.Context) (made *Record, err error) {
+	m := l.m
+	blob := blobOf(l.desc, l.diffID, false)
+	if pub, err := m.blobs.adopt(ctx, l.desc.Digest); err == nil {
+		blob.Stored = true
+		defer func() { err = errors.Join(err, pub.end(ctx, made != nil)) }()
+	} else if !is(err, errdefs.ErrNotFound) {
+		return nil, err
+	}
+	l.edit.rec.ID = m.store.NewID()
+	l.edit.rec.Blobs = []Blob{blob}
+	err = m.store.Update(ctx, func(tx *metadata.Tx) error {
+		found, err := l.find(tx)
+		if err != nil || found != nil {
+			made = found
+			return err
+		}
+		rec := l.edit.rec.Clone()
+		rec.ChainID = l.chain
+		if err := tx.Create(rec); err != nil {
+			return err
+		}
+		made = rec
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return made, nil
+}
+
+// addBlob makes sure that the record has the blob that was asked for.
+func (l *layerSought) addBlob(ctx context.Context, ref *ImmutableRef) (err error) {
+	blob := blobOf(l.desc, l.diffID, false)
+	rec := ref.Record()
+	if !withBlob(rec, blob) {
+		return nil
+	}
+	m := l.m
+	recorded := false
+	if pub, err := m.blobs.adopt(ctx, blob.Digest); err == nil {
+		blob.Stored = true
+		defer func() { err = errors.Join(err, pub.end(ctx, recorded)) }()
+	} else if !is(err, errdefs.ErrNotFound) {
+		return err
+	}
+	_, err = m.change(ctx, ref.h.e, func(_ *metadata.Tx, edit *Edit) error {
+		withBlob(edit.rec, blob)
+		return nil
+	})
+	recorded = err == nil
+	return err
+}
+
+// diffIDOf is the digest of the layer that desc describes, as it is before
+// compression.
+func (m *Manager) diffIDOf(ctx context.Context, desc ocispec.Descriptor) (digest.Digest, error) {
+	how, err := layer.CompressionOf(desc.MediaType)
+	if err != nil {
+		return "", err
+	}
+	if text, ok := desc.Annotations[labelUncompressed]; ok {
+		d := digest.Digest(text)
+		if err := d.Validate(); err != nil {
+			return "", fmt.Errorf("annotation %s: %w: %w", labelUncompressed, err, errdefs.ErrInvalidArgument)
+		}
+		return d, nil
+	}
+	if how == layer.None {
+		return desc.Digest, nil
+	}
+	if s := m.blobs.given(); s != nil {
+		info, err := s.Info(ctx, desc.Digest)
+		if d := digest.Digest(info.Labels[labelUncompressed]); err == nil && d.Validate() == nil {
+			return d, nil
+		}
+	}
+	ra, err := m.blobs.reader(ctx, desc)
+	if is(err, errdefs.ErrNotFound) {
+		return "", fmt.Errorf("its descriptor has no annotation %s, and the blob is not here: %w", labelUncompressed, errdefs.ErrInvalidArgument)
+	}
+	if err != nil {
+		return "", err
+	}
+	d, err := m.readDiffID(ctx, desc, ra)
+	return d, errors.Join(err, ra.Close())
+}

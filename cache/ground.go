@@ -1,0 +1,157 @@
+package cache
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
+
+	"github.com/lamina-build/lamina/metadata"
+)
+
+// ground makes sure that the record of e, which the caller uses, and all that
+// its tree is made of have their snapshots: lazy ones are extracted, those below
+// first. Ancestors stay without a handle: the rows of their children keep them.
+func (m *Manager) ground(ctx context.Context, e *entry) error {
+	m.lock()
+	rec, grounded := e.rec, e.grounded
+	m.unlock()
+	if grounded {
+		return nil
+	}
+	var lazy []*Record
+	err := m.store.View(ctx, func(tx *metadata.Tx) (err error) {
+		lazy, err = m.newGround(tx).lazyBelow(rec)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("list what record %s is made of: %w", short(e.id), err)
+	}
+	if len(lazy) > 0 && m.readOnly {
+		return fmt.Errorf("record %s has to be extracted, and store %s is open read-only: %w", short(e.id), m.root, errdefs.ErrFailedPrecondition)
+	}
+	if err := m.requireBlobs(ctx, lazy); err != nil {
+		return err
+	}
+	for _, rec := range lazy {
+		if err := m.extract(ctx, rec.ID); err != nil {
+			return err
+		}
+	}
+	m.lock()
+	defer m.unlock()
+	// What has a snapshot stays so for as long as the cache is open.
+	e.grounded = e.rec.State != metadata.Lazy
+	return nil
+}
+
+// requireBlobs fails if the blobs of some lazy layers cannot be had, before
+// anything is done.
+func (m *Manager) requireBlobs(ctx context.Context, lazy []*Record) error {
+	var missing []digest.Digest
+	for _, rec := range lazy {
+		if rec.Op == metadata.Merge || rec.Op == metadata.Diff {
+			continue
+		}
+		_, ok, err := m.blobs.source(ctx, rec)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			d := digest.Digest("")
+			if len(rec.Blobs) > 0 {
+				d = rec.Blobs[0].Digest
+			}
+			missing = append(missing, d)
+		}
+	}
+	if len(missing) > 0 {
+		return &MissingBlobsError{Digests: missing}
+	}
+	return nil
+}
+
+// grounds finds what has to have a snapshot before a record can be mounted.
+type grounds struct {
+	*lister
+	seen map[ID]bool
+	// trees says that the driver keeps whole trees: then the layer of a diff
+	// is known by its inputs only.
+	trees bool
+}
+
+func (m *Manager) newGround(tx *metadata.Tx) *grounds {
+	_, stacks := m.driver.Stacker()
+	return &grounds{lister: newLister(tx), seen: map[ID]bool{}, trees: !stacks}
+}
+
+// lazyBelow lists the lazy records among rec and what it needs, each after
+// what it needs itself.
+func (g *grounds) lazyBelow(rec *Record) (lazy []*Record, err error) {
+	err = g.below(rec, func(rec *Record) {
+		if rec.State == metadata.Lazy {
+			lazy = append(lazy, rec)
+		}
+	})
+	return lazy, err
+}
+
+// allBelow lists rec and what it needs, each after what it needs itself.
+func (g *grounds) allBelow(rec *Record) (ids []ID, err error) {
+	err = g.below(rec, func(rec *Record) { ids = append(ids, rec.ID) })
+	return ids, err
+}
+
+func (g *grounds) below(rec *Record, each func(*Record)) error {
+	type visit struct {
+		rec  *Record
+		done bool // what it needs is on the stack above it, or listed
+	}
+	stack := []visit{{rec: rec}}
+	g.seen[rec.ID] = true
+	for len(stack) > 0 {
+		top := &stack[len(stack)-1]
+		if top.done {
+			each(top.rec)
+			stack = stack[:len(stack)-1]
+			continue
+		}
+		top.done = true
+		ids, err := g.needs(top.rec)
+		if err != nil {
+			return err
+		}
+		for _, id := range ids {
+			if g.seen[id] {
+				continue
+			}
+			g.seen[id] = true
+			below, err := g.tx.Get(id)
+			if err != nil {
+				return err
+			}
+			stack = append(stack, visit{rec: below})
+		}
+	}
+	return nil
+}
+
+// needs lists the records whose snapshots a record's own is made of, or is
+// mounted over.
+func (g *grounds) needs(rec *Record) ([]ID, error) {
+	if rec.Op != metadata.Merge && rec.Op != metadata.Diff {
+		return rec.Parents, nil
+	}
+	list, err := g.of(rec)
+	if err != nil {
+		return nil, err
+	}
+	if len(list) == 1 && list[0] == rec.ID {
+		if rec.State == metadata.Lazy || g.trees {
+			return rec.Parents, nil // they are compared
+		}
+		return nil, nil // it has a layer of its own
+	}
+	return list, nil
+}
