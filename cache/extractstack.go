@@ -189,25 +189,26 @@ func (m *Manager) isRaw(ctx context.Context, key string) (bool, error) {
 
 // cleanUpper makes the layer of an active snapshot that is about to be
 // committed the mere difference to its parent. Where somebody may look at it
-// that cannot be: then it stays raw. unlock lets mounts of the record go on.
-func (m *Manager) cleanUpper(ctx context.Context, id ID, key string) (unlock func(), err error) {
+// that cannot be: then it stays raw. Mounts wait for it; one that comes before
+// the commit changes nothing, as a writable one needs the token.
+func (m *Manager) cleanUpper(ctx context.Context, id ID, key string) error {
 	s, ok := m.driver.Stacker()
 	if !ok {
-		return func() {}, nil
+		return nil
 	}
-	unlock = m.pool.lockKey(id)
+	defer m.pool.lockKey(id)()
 	if m.pool.mounted(id) {
-		return unlock, nil
+		return nil
 	}
 	if _, busy, err := testHold(m.root, id, true); busy || err != nil {
-		return unlock, nil //nolint:nilerr // who cannot be known may be there
+		return err
 	}
-	if err = m.step("clean"); err == nil {
-		_, err = s.Clean(ctx, key)
+	if err := m.step("clean"); err != nil {
+		return err
 	}
-	if err == nil || ctx.Err() == nil && is(err, errdefs.ErrFailedPrecondition, errdefs.ErrPermissionDenied) {
-		return unlock, nil
+	_, err := s.Clean(ctx, key)
+	if ctx.Err() == nil && is(err, errdefs.ErrFailedPrecondition, errdefs.ErrPermissionDenied) {
+		return nil
 	}
-	unlock()
-	return nil, err
+	return err
 }

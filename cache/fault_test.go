@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -431,7 +432,12 @@ func TestEveryContextEnds(t *testing.T) {
 				ctx, cancel = context.WithCancel(context.Background())
 				return ctx
 			}
-			f.step = func(string) error {
+			f.step = func(name string) error {
+				// Cleaning a layer takes time and can be taken up again, so
+				// it is given up.
+				if strings.HasPrefix(name, "clean") {
+					return nil
+				}
 				if n++; n == i {
 					cancel()
 				}

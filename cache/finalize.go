@@ -80,12 +80,10 @@ func (m *Manager) commitInDriver(ctx context.Context, id ID, key string) error {
 	if err := m.marks.setDirty(); err != nil {
 		return err
 	}
-	unlock, err := m.cleanUpper(ctx, id, key)
-	if err != nil {
+	if err := m.cleanUpper(ctx, id, key); err != nil {
 		return fmt.Errorf("clean the layer: %w", err)
 	}
-	err = m.driver.Commit(ctx, string(id), key)
-	unlock()
+	err := m.driver.Commit(ctx, string(id), key)
 	if err != nil {
 		// The call may have failed after its work was done.
 		m.setUnswapped(id, false)

@@ -109,24 +109,26 @@ func (g *grounds) below(rec *Record, each func(*Record)) error {
 		done bool // what it needs is on the stack above it, or listed
 	}
 	stack := []visit{{rec: rec}}
-	g.seen[rec.ID] = true
 	for len(stack) > 0 {
 		top := &stack[len(stack)-1]
-		if top.done {
-			each(top.rec)
+		if top.done || g.seen[top.rec.ID] {
+			if top.done {
+				each(top.rec)
+			}
 			stack = stack[:len(stack)-1]
 			continue
 		}
 		top.done = true
+		g.seen[top.rec.ID] = true
 		ids, err := g.needs(top.rec)
 		if err != nil {
 			return err
 		}
+		// What waits further down in the stack may be needed here first.
 		for _, id := range ids {
 			if g.seen[id] {
 				continue
 			}
-			g.seen[id] = true
 			below, err := g.tx.Get(id)
 			if err != nil {
 				return err

@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
+	"github.com/containerd/log"
 	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -25,6 +26,10 @@ import (
 func TestMain(m *testing.M) {
 	if name := os.Getenv(helperEnv); name != "" {
 		os.Exit(runHelper(name, os.Args[1:]))
+	}
+	// That a file system has no fs-verity is of no interest here.
+	if err := log.SetLevel("error"); err != nil {
+		panic(err)
 	}
 	if os.Geteuid() == 0 && os.Getenv(namespaceEnv) == "" {
 		os.Exit(inOwnNamespace())
