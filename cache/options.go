@@ -6,9 +6,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/lamina-build/lamina/cache/policy"
 	"github.com/containerd/containerd/v2/core/content"
 
+	"github.com/lamina-build/lamina/cache/policy"
 	"github.com/lamina-build/lamina/layer"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
