@@ -67,18 +67,15 @@ func blobOf(desc ocispec.Descriptor, diffID digest.Digest, stored bool) Blob {
 	}
 }
 
-// withBlob adds a blob to a record, or notes that it is stored. It says
-// whether that changed anything.
-func withBlob(rec *Record, b Blob) bool {
+// withBlob adds a blob to a record, or notes that it is stored.
+func withBlob(rec *Record, b Blob) {
 	for i := range rec.Blobs {
 		if rec.Blobs[i].Digest == b.Digest {
-			changed := b.Stored && !rec.Blobs[i].Stored
 			rec.Blobs[i].Stored = rec.Blobs[i].Stored || b.Stored
-			return changed
+			return
 		}
 	}
 	rec.Blobs = append(rec.Blobs, b)
-	return true
 }
 
 // source is where the bytes of a layer can be had from.

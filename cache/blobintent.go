@@ -157,8 +157,7 @@ func (b *blobStore) settleUnlock(ctx context.Context, d digest.Digest, u *blobUs
 func (b *blobStore) settle(ctx context.Context, d digest.Digest) error {
 	named, err := b.named(ctx, d)
 	if err == nil && !named {
-		if b.m.heldByProcess(string(blobsHold)) {
-			b.m.setLeftover()
+		if b.writtenElsewhere() {
 			return nil
 		}
 		b.mu.Lock()
@@ -173,6 +172,33 @@ func (b *blobStore) settle(ctx context.Context, d digest.Digest) error {
 		return fmt.Errorf("remove blob %s: %w", d, err)
 	}
 	return b.intended(d)
+}
+
+// writtenElsewhere says whether another process writes blobs, and remembers to
+// settle them at the end.
+func (b *blobStore) writtenElsewhere() bool {
+	busy := b.m.heldByProcess(string(blobsHold))
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.skipped = b.skipped || busy
+	return busy
+}
+
+// settleSkipped settles at the end what was left alone. It says whether
+// something has to be left for the next open: as long as a process goes on with
+// its blobs, its hold does.
+func (b *blobStore) settleSkipped(ctx context.Context) (left bool) {
+	b.mu.Lock()
+	skipped := b.skipped
+	b.mu.Unlock()
+	if !skipped {
+		return false
+	}
+	left, err := b.settleAll(ctx)
+	if err != nil {
+		b.m.log.Warn("unfinished blobs cannot be removed", "error", err)
+	}
+	return left || err != nil
 }
 
 // named says whether a record names the blob.
@@ -217,8 +243,8 @@ func (b *blobStore) drop(ctx context.Context, digests []digest.Digest) {
 // settleAll removes what killed processes left: blobs with an intent that no
 // record answers, and ingests of ours. It says whether something was left.
 func (b *blobStore) settleAll(ctx context.Context) (left bool, err error) {
-	if b.m.heldByProcess(string(blobsHold)) {
-		return true, nil
+	if b.writtenElsewhere() {
+		return false, nil
 	}
 	names, err := os.ReadDir(filepath.Join(b.m.root, intentDir))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -47,6 +47,9 @@ type blobStore struct {
 	// Guarded by mu.
 	uses      map[digest.Digest]*blobUse
 	providers map[digest.Digest]content.Provider
+	// skipped says that blobs were not settled because another process was
+	// writing some.
+	skipped bool
 }
 
 // blobUse is what is under way with one blob.

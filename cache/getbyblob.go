@@ -247,20 +247,26 @@ func (l *layerSought) make(ctx context.Context) (made *Record, err error) {
 	return made, nil
 }
 
-// addBlob makes sure that the record has the blob that was asked for.
+// addBlob makes sure that the record has the blob that was asked for, and says
+// so if that is here.
 func (l *layerSought) addBlob(ctx context.Context, ref *ImmutableRef) (err error) {
-	blob := blobOf(l.desc, l.diffID, false)
+	m, d := l.m, l.desc.Digest
 	rec := ref.Record()
-	if !withBlob(rec, blob) {
+	at := slices.IndexFunc(rec.Blobs, func(b Blob) bool { return b.Digest == d })
+	if at >= 0 && rec.Blobs[at].Stored {
 		return nil
 	}
-	m := l.m
+	blob := blobOf(l.desc, l.diffID, false)
 	recorded := false
-	if pub, err := m.blobs.adopt(ctx, blob.Digest); err == nil {
+	pub, err := m.blobs.adopt(ctx, d)
+	switch {
+	case err == nil:
 		blob.Stored = true
 		defer func() { err = errors.Join(err, pub.end(ctx, recorded)) }()
-	} else if !is(err, errdefs.ErrNotFound) {
+	case !is(err, errdefs.ErrNotFound):
 		return err
+	case at >= 0:
+		return nil
 	}
 	_, err = m.change(ctx, ref.h.e, func(_ *metadata.Tx, edit *Edit) error {
 		withBlob(edit.rec, blob)

@@ -347,7 +347,7 @@ func (m *Manager) Close() error {
 	m.assertEmpty()
 
 	var errs []error
-	leftover := m.unsettled()
+	leftover := m.unsettled() || !m.readOnly && m.blobs.settleSkipped(context.Background())
 	if m.pool != nil {
 		left, err := m.pool.close()
 		leftover = leftover || left

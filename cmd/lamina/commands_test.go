@@ -46,7 +46,8 @@ func TestVerbsSayWhatTheyNeed(t *testing.T) {
 	want := map[string]string{
 		"run": annotateMounts, "exec": annotateMounts, "export": annotateMounts,
 		"hash": annotateMounts, "compare": annotateMounts,
-		"new": annotateProbes, "commit": annotateProbes, "finalize": annotateProbes, "rm": annotateProbes, "prune": annotateProbes,
+		"new": annotateProbes, "commit": annotateProbes, "finalize": annotateProbes,
+		"extract": annotateProbes, "merge": annotateProbes, "diff": annotateProbes, "import": annotateProbes, "rm": annotateProbes, "prune": annotateProbes,
 		"check": annotateMounts, "sync": annotateProbes, "du": annotateProbes,
 		"ls": "", "show": "", "log": "", "info": "", "version": "", "completion": "", "help": "", "__commands": "",
 	}

@@ -64,7 +64,7 @@ func (e *noStoreError) Error() string {
 	if e.legacy {
 		return fmt.Sprintf("no store in %s, but the state of a BuildKit worker: import it with lamina migrate", e.root)
 	}
-	return fmt.Sprintf("no store in %s: lamina run and lamina new make one there; --root or LAMINA_ROOT names another place", e.root)
+	return fmt.Sprintf("no store in %s: lamina run, new and import make one there; --root or LAMINA_ROOT names another place", e.root)
 }
 
 func (e *noStoreError) Unwrap() error { return errdefs.ErrNotFound }

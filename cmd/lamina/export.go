@@ -14,10 +14,10 @@ import (
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/spf13/cobra"
 
+	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/layer"
 	"github.com/lamina-build/lamina/workspace/treetar"
 )
 
@@ -25,39 +25,50 @@ func newExport(a *app) *cobra.Command {
 	var o exportOptions
 	cmd := &cobra.Command{
 		Use:   "export ID [PATH] [--format tar|oci] [--compression none|gzip|zstd[:LEVEL]] [-o FILE]",
-		Short: "Write the tree of a record as an archive",
+		Short: "Write a record as an archive or an image",
 		Example: `  lamina export key:app | tar -tvf -
   lamina export key:app bin -o bin.tar
-  lamina export 01JCXM --compression zstd -o tree.tar.zst`,
+  lamina export key:app --format oci -o image.tar`,
 		Long: `Write the tree of a record, or what lies at PATH in it, as a tar archive to
 standard output or to FILE, which appears complete or not at all. The same tree
 gives the same bytes: entries are sorted, with times in nanoseconds, numeric
 owners, extended attributes and hard links. Sockets are left out, holes are zeros.
 
-The record is only looked at. The format oci is not there yet.`,
+As tar the record is only looked at. --format oci writes an image: an OCI image
+layout with the layers of the record, as a tar or, where -o is a directory or ends
+with a slash, as a directory that must be empty. That finalizes the record; blobs
+of its layers are made once and kept. Without --compression layers are given as
+they came, or with gzip; with it all are converted. The image is called latest.`,
 		Args: cobra.RangeArgs(1, 2),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, prefix string) ([]cobra.Completion, cobra.ShellCompDirective) {
 			return a.completeIDs(1)(cmd, args, prefix)
 		},
 		Annotations: map[string]string{annotateMounts: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			compress, err := parseCompression(o.compression)
+			compression, err := parseCompression(o.compression)
 			switch {
 			case err != nil:
 				return usage(cmd, err)
-			case o.format == "oci":
-				return fmt.Errorf("--format oci is not there yet, only tar: %w", errdefs.ErrNotImplemented)
-			case o.format != "tar":
+			case o.format != "tar" && o.format != "oci":
 				return usagef(cmd, "--format %q: there are tar and oci", clip(o.format))
+			case o.format == "oci" && len(args) == 2:
+				return usagef(cmd, "--format oci writes whole records, no PATH")
 			case cmd.Flags().Changed("output") && o.file == "":
 				return usagef(cmd, "-o is empty")
 			case (o.file == "" || o.file == "-") && isTerminal(a.out):
 				return usagef(cmd, "standard output is a terminal: name a file with -o, or use a pipe")
 			}
+			if o.format == "oci" {
+				form := cache.RemotesOptions{Create: true, Compression: compression, Force: true}
+				if !cmd.Flags().Changed("compression") {
+					form.Compression, form.Force = cache.Compression{Algorithm: layer.Gzip}, false
+				}
+				return a.exportOCI(cmd.Context(), args[0], o, form)
+			}
 			if len(args) == 2 {
 				o.path = args[1]
 			}
-			return a.export(cmd.Context(), args[0], o, compress)
+			return a.export(cmd.Context(), args[0], o, compression)
 		},
 	}
 	cmd.Flags().StringVar(&o.format, "format", "tar", "`FORMAT`: tar or oci")
@@ -72,36 +83,22 @@ type exportOptions struct {
 	path, format, compression, file string
 }
 
-// compressor wraps a writer; its Close ends the compressed stream only.
-type compressor func(io.Writer) (io.WriteCloser, error)
-
-func parseCompression(s string) (compressor, error) {
+func parseCompression(s string) (c cache.Compression, err error) {
 	name, level, leveled := strings.Cut(s, ":")
-	n, err := strconv.Atoi(level)
-	bad := leveled && (err != nil || n < 1)
-	switch {
-	case name == "none" && !leveled:
-		return func(w io.Writer) (io.WriteCloser, error) { return plain{w}, nil }, nil
-	case name == "gzip" && !bad && n <= gzip.BestCompression:
-		if !leveled {
-			n = gzip.DefaultCompression
+	c.Algorithm, err = layer.ParseAlgorithm(name)
+	if err == nil && leveled {
+		if c.Level, err = strconv.Atoi(level); err == nil && c.Level < 1 {
+			err = fmt.Errorf("level %d: %w", c.Level, errdefs.ErrInvalidArgument)
 		}
-		return func(w io.Writer) (io.WriteCloser, error) { return gzip.NewWriterLevel(w, n) }, nil
-	case name == "zstd" && !bad && n <= 22:
-		if !leveled {
-			n = 3 // zstd's own default
-		}
-		// One thread: with several the bytes would depend on the machine.
-		return func(w io.Writer) (io.WriteCloser, error) {
-			return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(n)), zstd.WithEncoderConcurrency(1))
-		}, nil
 	}
-	return nil, fmt.Errorf("--compression %q: it takes none, gzip[:1-9] or zstd[:1-22]", clip(s))
+	if err == nil {
+		_, err = layer.Compress(io.Discard, c) // says whether there is that level
+	}
+	if err != nil {
+		return c, fmt.Errorf("--compression %q: it takes none, gzip[:1-9] or zstd[:1-22]", clip(s))
+	}
+	return c, nil
 }
-
-type plain struct{ io.Writer }
-
-func (plain) Close() error { return nil }
 
 type exportView struct {
 	stateView
@@ -109,7 +106,7 @@ type exportView struct {
 	Bytes   int64 `json:"bytes"`
 }
 
-func (a *app) export(ctx context.Context, arg string, o exportOptions, compress compressor) error {
+func (a *app) export(ctx context.Context, arg string, o exportOptions, compression cache.Compression) error {
 	h, err := a.take(ctx, arg, false, false)
 	if err != nil {
 		return err
@@ -118,7 +115,7 @@ func (a *app) export(ctx context.Context, arg string, o exportOptions, compress 
 	stop := a.progress("exporting", func() string { return size(done.Load()) })
 	var stats treetar.Stats
 	err = a.writeTo(o.file, func(w io.Writer) error {
-		c, err := compress(w)
+		c, err := layer.Compress(w, compression)
 		if err != nil {
 			return err
 		}

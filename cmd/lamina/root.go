@@ -115,7 +115,7 @@ With --json an error is one JSON object on stderr.`,
 	}
 	add(groupMain, newRun(a))
 	add(groupLook, newLs(a), newShow(a), newLog(a), newDu(a), newHash(a), newCompare(a), newCheck(a), newSync(a), newExport(a), newInfo(a))
-	add(groupPlumbing, newNew(a), newExec(a), newCommit(a), newFinalize(a), newRm(a), newPrune(a), newMigrate(a))
+	add(groupPlumbing, newNew(a), newExec(a), newCommit(a), newFinalize(a), newExtract(a), newMerge(a), newDiff(a), newImport(a), newRm(a), newPrune(a), newMigrate(a))
 	add("", newVersion(a), newCompletion(a), newCommands(a))
 	cmd.SetHelpCommand(newHelp(a))
 	return cmd

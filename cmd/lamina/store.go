@@ -164,9 +164,27 @@ func explainOpen(root string, how access, missing bool, err error) error {
 
 // useLog sends what libraries log where our own warnings go.
 func (a *app) useLog() {
-	slog.SetDefault(a.logger())
+	slog.SetDefault(slog.New(quiet{a.logger().Handler()}))
 	clog.UseSlog()
 }
+
+// quiet leaves out what a library warns of that is nobody's business: that a
+// file system has no fs-verity, which the content store would use if it had.
+type quiet struct{ slog.Handler }
+
+// Handle implements slog.Handler.
+func (q quiet) Handle(ctx context.Context, r slog.Record) error {
+	if strings.Contains(r.Message, "fsverity") {
+		return nil
+	}
+	return q.Handler.Handle(ctx, r)
+}
+
+// WithAttrs implements slog.Handler.
+func (q quiet) WithAttrs(attrs []slog.Attr) slog.Handler { return quiet{q.Handler.WithAttrs(attrs)} }
+
+// WithGroup implements slog.Handler.
+func (q quiet) WithGroup(name string) slog.Handler { return quiet{q.Handler.WithGroup(name)} }
 
 // logger prints warnings on stderr.
 func (a *app) logger() *slog.Logger {

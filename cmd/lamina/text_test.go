@@ -14,6 +14,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/layer"
 	"github.com/lamina-build/lamina/metadata"
 )
 
@@ -101,10 +102,10 @@ func TestFilter(t *testing.T) {
 
 func TestCompression(t *testing.T) {
 	for _, s := range []string{"none", "gzip", "gzip:1", "gzip:9", "zstd", "zstd:1", "zstd:22"} {
-		compress, err := parseCompression(s)
+		compression, err := parseCompression(s)
 		require.NoError(t, err, s)
 		var buf bytes.Buffer
-		w, err := compress(&buf)
+		w, err := layer.Compress(&buf, compression)
 		require.NoError(t, err, s)
 		_, err = io.WriteString(w, strings.Repeat("text ", 1000))
 		require.NoError(t, err)

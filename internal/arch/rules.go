@@ -50,6 +50,8 @@ var rooms = map[string][]string{
 	"cache":       {"cache/policy", "metadata", "snapshot", "layer"},
 	// Layer tars know directories, no snapshots and no records.
 	"layer": {"internal/fsat"},
+	// Images as files know blobs, no records.
+	"image": {"layer"},
 	// What goes and what stays is decided on plain data.
 	"cache/policy": {},
 
@@ -66,7 +68,7 @@ var rooms = map[string][]string{
 	"migrate": {"migrate/legacytest", "checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash"},
 	// State directories are made with the library of those who make them.
 	"migrate/legacytest": {},
-	"cmd/lamina":         {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer"},
+	"cmd/lamina":         {"workspace", "workspace/sandbox", "workspace/source", "workspace/output", "migrate", "checksum", "cache", "cache/policy", "metadata", "snapshot", "contenthash", "layer", "image"},
 
 	// Descriptors below a directory: for whoever walks a tree that may be hostile.
 	"internal/fsat": {},
