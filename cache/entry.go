@@ -49,6 +49,8 @@ type entry struct {
 	touched bool
 	// layers is the layer list, nil if nobody computed it yet.
 	layers []ID
+	// depth is the length of that list, 0 if nobody counted yet.
+	depth int
 	// grounded says that the record and all that it is made of have their
 	// snapshots.
 	grounded bool

@@ -157,12 +157,12 @@ func (l *layerSought) get(ctx context.Context) (*ImmutableRef, error) {
 		if err != nil {
 			return nil, err
 		}
-		if found == nil {
-			if found, err = l.make(ctx); err != nil {
-				return nil, err
-			}
+		ref, err := (*ImmutableRef)(nil), error(nil)
+		if found != nil {
+			ref, err = l.m.Get(ctx, found.ID, GetOptions{NoUpdate: true})
+		} else {
+			ref, err = l.make(ctx)
 		}
-		ref, err := l.m.Get(ctx, found.ID, GetOptions{NoUpdate: true})
 		if is(err, errdefs.ErrNotFound) {
 			continue
 		}
@@ -216,8 +216,9 @@ func (l *layerSought) find(tx *metadata.Tx) (found *Record, err error) {
 }
 
 // make writes the record, unless somebody was faster.
-func (l *layerSought) make(ctx context.Context) (made *Record, err error) {
+func (l *layerSought) make(ctx context.Context) (_ *ImmutableRef, err error) {
 	m := l.m
+	var made *Record
 	blob := blobOf(l.desc, l.diffID, false)
 	if pub, err := m.blobs.adopt(ctx, l.desc.Digest); err == nil {
 		blob.Stored = true
@@ -226,6 +227,8 @@ func (l *layerSought) make(ctx context.Context) (made *Record, err error) {
 		return nil, err
 	}
 	l.edit.rec.ID = m.store.NewID()
+	_, done := m.announce(l.edit.rec.ID)
+	defer done()
 	l.edit.rec.Blobs = []Blob{blob}
 	err = m.store.Update(ctx, func(tx *metadata.Tx) error {
 		found, err := l.find(tx)
@@ -242,9 +245,10 @@ func (l *layerSought) make(ctx context.Context) (made *Record, err error) {
 		return nil
 	})
 	if err != nil {
+		made = nil
 		return nil, err
 	}
-	return made, nil
+	return m.Get(ctx, made.ID, GetOptions{NoUpdate: true})
 }
 
 // addBlob makes sure that the record has the blob that was asked for, and says

@@ -132,13 +132,15 @@ func (c *combination) get(ctx context.Context) (*ImmutableRef, error) {
 			}
 			return err
 		})
-		if err == nil && found == nil {
-			found, err = c.make(ctx, draft)
-		}
 		if err != nil {
 			return nil, err
 		}
-		ref, err := m.Get(ctx, found.ID, GetOptions{})
+		var ref *ImmutableRef
+		if found != nil {
+			ref, err = m.Get(ctx, found.ID, GetOptions{})
+		} else {
+			ref, err = c.make(ctx, draft)
+		}
 		if !is(err, errdefs.ErrNotFound) {
 			return ref, err
 		}
@@ -200,9 +202,13 @@ func (c *combination) find(tx *metadata.Tx) (*Record, error) {
 }
 
 // make writes the record, unless somebody was faster.
-func (c *combination) make(ctx context.Context, draft *Record) (made *Record, err error) {
-	err = c.m.store.Update(ctx, func(tx *metadata.Tx) error {
-		if made, err = c.find(tx); made != nil || err != nil {
+func (c *combination) make(ctx context.Context, draft *Record) (*ImmutableRef, error) {
+	_, done := c.m.announce(draft.ID)
+	defer done()
+	var made *Record
+	err := c.m.store.Update(ctx, func(tx *metadata.Tx) error {
+		found, err := c.find(tx)
+		if made = found; made != nil || err != nil {
 			return err
 		}
 		rec := draft.Clone()
@@ -214,7 +220,10 @@ func (c *combination) make(ctx context.Context, draft *Record) (made *Record, er
 	if errors.Is(err, errdefs.ErrAlreadyExists) {
 		err = fmt.Errorf("a new id is taken: %w", err)
 	}
-	return made, err
+	if err != nil {
+		return nil, err
+	}
+	return c.m.Get(ctx, made.ID, GetOptions{})
 }
 
 // requireStackable refuses more layers than one mount can stack.

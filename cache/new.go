@@ -124,7 +124,12 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 
 	m.lock()
 	defer m.unlock()
-	e.rec, e.recorded, e.grounded = rec, o.Retain, true
+	e.rec, e.recorded, e.grounded, e.depth = rec, o.Retain, true, 1
+	if pe != nil {
+		if e.depth = 0; pe.depth > 0 {
+			e.depth = pe.depth + 1
+		}
+	}
 	if pe != nil && !o.Retain {
 		m.useLocked(pe)
 		e.parents = append(e.parents, pe)
@@ -143,12 +148,21 @@ func (m *Manager) requireDepth(ctx context.Context, e *entry) error {
 	if most == 0 {
 		return nil
 	}
-	list, err := m.layers(ctx, e)
-	if err != nil {
-		return fmt.Errorf("count the layers of the parent: %w", err)
+	m.lock()
+	depth := e.depth
+	m.unlock()
+	if depth == 0 {
+		list, err := m.layers(ctx, e)
+		if err != nil {
+			return fmt.Errorf("count the layers of the parent: %w", err)
+		}
+		depth = len(list)
+		m.lock()
+		e.depth = depth
+		m.unlock()
 	}
-	if len(list) >= most {
-		return fmt.Errorf("parent %s has %d layers, as many as one mount can stack: %w", short(e.id), len(list), errdefs.ErrFailedPrecondition)
+	if depth >= most {
+		return fmt.Errorf("parent %s has %d layers, as many as one mount can stack: %w", short(e.id), depth, errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
