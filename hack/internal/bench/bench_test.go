@@ -41,7 +41,12 @@ func TestAllOperations(t *testing.T) {
 		Dir: dir, Sizes: []int{11, 23}, Files: 120, Rounds: 2,
 	}
 	tx, syncs := map[string]float64{}, map[string]float64{}
-	var names, beside []string
+	var names, beside, skipped []string
+	c.Skipped = func(name, _ string) {
+		if !slices.Contains(skipped, name) {
+			skipped = append(skipped, name)
+		}
+	}
 	require.NoError(t, bench.Run(t.Context(), c, func(r bench.Result) error {
 		require.Len(t, r.Figures, 2)
 		require.Equal(t, bench.Limit, r.Figures[1].Subject)
@@ -80,8 +85,10 @@ func TestAllOperations(t *testing.T) {
 		}
 		return nil
 	}))
+	measured := slices.DeleteFunc(bench.Names(), func(name string) bool { return strings.HasPrefix(name, "run-") })
+	require.Equal(t, []string{"run-first", "run-noop", "run-noop-git", "run-noop-rsync"}, skipped, "there is no command")
 	require.Equal(t, []string{"beside-prune", "beside-prune-get", "beside-prune-release"}, beside)
-	require.Equal(t, append([]string{"open", "usage-total", "usage-list"}, bench.Names()...), append(names, "beside-prune"))
+	require.Equal(t, append([]string{"open", "usage-total", "usage-list"}, measured...), append(names, "beside-prune"))
 	require.Equal(t, map[string]float64{
 		"new": 0, "new-commit-release": 1, "commit": 1, "finalize": 1, "reopen": 1, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 1, "open": 0, "throughput": 1,

@@ -45,6 +45,8 @@ type Environment struct {
 	Terminal bool
 	// Syncs counts syncs, nil if nobody can.
 	Syncs *Syncs
+	// Command is the path of the lamina command, empty if there is none.
+	Command string
 	// Openers are the subjects; the first one is compared with the others.
 	Openers []Opener
 }
@@ -63,6 +65,7 @@ func Command(openers ...Opener) int {
 		Stderr:   os.Stderr,
 		Terminal: term.IsTerminal(int(os.Stderr.Fd())),
 		Syncs:    syncs,
+		Command:  os.Getenv(CommandVariable),
 		Openers:  openers,
 	})
 }
@@ -116,7 +119,8 @@ func Main(ctx context.Context, args []string, env Environment) int {
 
 // parse reads the flags. What is wrong with them has been said when it fails.
 func parse(args []string, env Environment) (*settings, error) {
-	s := &settings{Config: Config{Openers: env.Openers, Limits: true, Syncs: env.Syncs}}
+	s := &settings{Config: Config{Openers: env.Openers, Limits: true, Syncs: env.Syncs, Command: env.Command}}
+	s.Skipped = func(name, why string) { fmt.Fprintf(env.Stderr, "hack/bench: %s is left out: %s\n", name, why) }
 	flags := flag.NewFlagSet("hack/bench", flag.ContinueOnError)
 	flags.SetOutput(env.Stderr)
 	flags.Usage = func() {

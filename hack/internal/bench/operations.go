@@ -35,6 +35,11 @@ type operation struct {
 	// destroys marks the operation that is measured on all states at once and
 	// leaves nothing of them.
 	destroys bool
+	// ours and against stand for prepare and limit where the command itself is
+	// measured, against is what it is compared with, and tool the program that
+	// this needs.
+	ours, against func(ctx context.Context, t *commands, n int) (sample, error)
+	tool          string
 	// limit is the same for the least that the disk and the kernel must do.
 	limit func(ctx context.Context, l *limits, n int) (sample, error)
 }
@@ -45,7 +50,7 @@ type sample struct{ run, after func(context.Context) error }
 // operations lists all, in the order in which they are measured. Names are
 // part of what --json promises.
 func operations() []operation {
-	return slices.Concat(lifeOperations(), checksumOperations(), usageOperations(), []operation{{name: besidePrune, destroys: true}})
+	return slices.Concat(lifeOperations(), checksumOperations(), commandOperations(), usageOperations(), []operation{{name: besidePrune, destroys: true}})
 }
 
 // lifeOperations are those on single records.

@@ -25,6 +25,10 @@ type Config struct {
 	Dir string
 	// Sizes are the numbers of records in the states, ascending.
 	Sizes []int
+	// Command is the path of the lamina command; empty if it is not measured.
+	Command string
+	// Skipped is told which operation cannot be measured, and why, if not nil.
+	Skipped func(name, why string)
 	// Files is the number of files in trees whose content hashes are asked
 	// for.
 	Files int
@@ -158,6 +162,10 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 			},
 		})
 	}
+	tools := &commands{lamina: c.Command, dir: filepath.Join(dir, fmt.Sprintf("command-%d", size))}
+	if err := os.Mkdir(tools.dir, 0o755); err != nil { //nolint:gosec // source trees lie in it
+		return err
+	}
 	// What building wrote must not be paid for by the first sync measured.
 	unix.Sync()
 	for _, op := range ops {
@@ -174,6 +182,16 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 			}
 			continue
 		}
+		contenders := all
+		if op.ours != nil {
+			if why := c.missing(op); why != "" {
+				if c.Skipped != nil {
+					c.Skipped(op.name, why)
+				}
+				continue
+			}
+			contenders = tools.contenders(c.Limits)
+		}
 		ns := op.ns
 		if op.sizes != nil {
 			ns = op.sizes(c)
@@ -183,7 +201,7 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 		}
 		for _, n := range ns {
 			c.progress(fmt.Sprintf("%s, n = %d", op.name, n))
-			r, err := c.measure(ctx, op, n, all)
+			r, err := c.measure(ctx, op, n, contenders)
 			if err != nil {
 				return fmt.Errorf("%s: %w", op.name, err)
 			}
