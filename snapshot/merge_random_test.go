@@ -51,12 +51,12 @@ type mworld struct {
 	foreign bool
 	// user is an overlay with user attributes. Special files cannot have such
 	// ones, so the kernel counts their links wrongly.
-	user bool
-	dir     string // to mount at
-	prefix  string
-	names   []string // committed, in their order
-	snaps   []*msnap
-	born    int
+	user   bool
+	dir    string // to mount at
+	prefix string
+	names  []string // committed, in their order
+	snaps  []*msnap
+	born   int
 }
 
 func (w *mworld) no(err error) {
