@@ -146,8 +146,16 @@ type durationUnit struct {
 // durationUnits are all, from large to small.
 func durationUnits() []durationUnit {
 	return []durationUnit{
-		{"w", 7 * 24 * time.Hour}, {"d", 24 * time.Hour}, {"h", time.Hour}, {"m", time.Minute}, {"s", time.Second},
-		{"ms", time.Millisecond}, {"us", time.Microsecond}, {"µs", time.Microsecond}, {"μs", time.Microsecond}, {"ns", time.Nanosecond},
+		{"w", 7 * 24 * time.Hour},
+		{"d", 24 * time.Hour},
+		{"h", time.Hour},
+		{"m", time.Minute},
+		{"s", time.Second},
+		{"ms", time.Millisecond},
+		{"us", time.Microsecond},
+		{"µs", time.Microsecond},
+		{"μs", time.Microsecond},
+		{"ns", time.Nanosecond},
 	}
 }
 

@@ -47,8 +47,12 @@ func TestSpecs(t *testing.T) {
 		require.NoError(t, err)
 	}
 	for _, specs := range [][]cachemount.Spec{
-		{{ID: "a", Target: "x"}, {ID: "b", Target: "x/y"}}, {{ID: "a", Target: "x/y/z"}, {ID: "b", Target: "x/y"}}, {{ID: "a", Target: "x"}, {ID: "b", Target: "./x"}},
-		{{ID: "a", Target: "x"}, {ID: "a", Target: "y", Sharing: cachemount.Locked}}, {{Target: ""}}, {{ID: "a", Target: "../x"}},
+		{{ID: "a", Target: "x"}, {ID: "b", Target: "x/y"}},
+		{{ID: "a", Target: "x/y/z"}, {ID: "b", Target: "x/y"}},
+		{{ID: "a", Target: "x"}, {ID: "b", Target: "./x"}},
+		{{ID: "a", Target: "x"}, {ID: "a", Target: "y", Sharing: cachemount.Locked}},
+		{{Target: ""}},
+		{{ID: "a", Target: "../x"}},
 	} {
 		_, err := cachemount.Check(specs)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "%v", specs)

@@ -130,7 +130,7 @@ func preparePruneToSize(ctx context.Context, w *world, n int) (sample, error) {
 	}, nil
 }
 
-func limitUsed(_ context.Context, l *limits, _ int) (sample, error) { return limitGet(nil, l, 0) }
+func limitUsed(ctx context.Context, l *limits, _ int) (sample, error) { return limitGet(ctx, l, 0) }
 
 func limitList(_ context.Context, l *limits, _ int) (sample, error) {
 	return sample{run: func(context.Context) error {
