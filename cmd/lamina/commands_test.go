@@ -37,7 +37,7 @@ func TestHelpTexts(t *testing.T) {
 			}
 		})
 	}
-	require.Equal(t, 20, verbs)
+	require.Equal(t, 25, verbs)
 }
 
 // TestVerbsSayWhatTheyNeed keeps the namespaces right: a verb that mounts
@@ -45,7 +45,7 @@ func TestHelpTexts(t *testing.T) {
 func TestVerbsSayWhatTheyNeed(t *testing.T) {
 	want := map[string]string{
 		"run": annotateMounts, "exec": annotateMounts, "export": annotateMounts,
-		"hash": annotateMounts, "compare": annotateMounts,
+		"hash": annotateMounts, "compare": annotateMounts, "migrate": annotateMounts,
 		"new": annotateProbes, "commit": annotateProbes, "finalize": annotateProbes,
 		"extract": annotateProbes, "merge": annotateProbes, "diff": annotateProbes, "import": annotateProbes, "rm": annotateProbes, "prune": annotateProbes,
 		"check": annotateMounts, "sync": annotateProbes, "du": annotateProbes,

@@ -23,21 +23,22 @@ func newMigrate(a *app) *cobra.Command {
   lamina migrate /var/lib/buildkit
   lamina migrate --rollback /var/lib/buildkit`,
 		Long: `Make a store of the state of a BuildKit daemon, where it stands. DIR is the root
-of a daemon, or the directory of one worker in it. The daemon must be stopped. Each
-worker's directory (runc-overlayfs, runc-native) is a root for lamina afterwards:
-use it with --root.
+of a daemon, or the directory of one worker in it. The daemon must be stopped.
+Each worker's directory (runc-overlayfs, runc-native) is a root for lamina
+afterwards: use it with --root.
 
-Records, layers, cache mounts, sizes, use counts and content hashes come over under
-their ids; no snapshot is moved or copied. Two records of BuildKit for one snapshot
-become one. BuildKit's databases are only read. What does not come over is named,
-with the reason. If it is interrupted, run it again; on a directory that is a store
-already it does nothing.
+Records, layers, cache mounts, sizes, use counts and content hashes come over
+under their ids; no snapshot is moved or copied. Two records of BuildKit for one
+snapshot become one. BuildKit's databases are only read. What does not come over
+is named, with the reason. If it is interrupted, run it again; on a directory
+that is a store already it does nothing.
 
 --dry-run prints what would happen with each record, and changes nothing.
---rollback takes the store away again, so that BuildKit finds its state as it left
-it. That is possible until lamina finalizes, reopens, extracts, writes to or removes
-one of BuildKit's snapshots, or BuildKit has worked in the directory; it is refused
-with the reason afterwards. What lamina made meanwhile is listed and kept aside.
+--rollback takes the store away again, so that BuildKit finds its state as it
+left it. That is possible until lamina finalizes, reopens, extracts, writes to
+or removes one of BuildKit's snapshots, or BuildKit has worked in the directory;
+it is refused with the reason afterwards. What lamina made meanwhile is listed
+and kept aside.
 
 With --json one object a worker is printed. Exit code 3: one of several workers
 failed.`,
