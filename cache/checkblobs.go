@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 
@@ -24,8 +25,8 @@ const (
 	FindingBlobMissing = "blob-missing"
 	// FindingBlobSize: a blob has another size than its record says.
 	FindingBlobSize = "blob-size"
-	// FindingBlobDigest: a blob's bytes are not those of its digest. Only
-	// CheckData finds it.
+	// FindingBlobDigest: a blob's bytes are not those of its digest. Only a
+	// DataSample finds it.
 	FindingBlobDigest = "blob-digest"
 )
 
@@ -51,65 +52,83 @@ func (c *checking) blobs(ctx context.Context) error {
 	return nil
 }
 
-// DataReport says what CheckData read.
+// DataReport says what a DataSample read.
 type DataReport struct {
 	// Blobs is how many there are, Read how many of them were read, with
 	// Bytes bytes.
 	Blobs, Read int
 	Bytes       int64
-	// Unreferenced is the number of snapshots that nothing here could be held
-	// against, since their layer has no blob.
+	// Unreferenced is the number of snapshots whose layer has no blob that it
+	// could be held against.
 	Unreferenced int
 }
 
-// CheckData reads a random sample of the blobs again, percent of them but at
-// least one, and hands found each whose bytes do not have its digest. It changes
-// nothing. Files in snapshots are not read: what they should hold is known to
-// blobs alone.
-func (m *Manager) CheckData(ctx context.Context, percent float64, found func(Finding)) (out DataReport, err error) {
+// DataSample is a random sample of the blobs that are here.
+type DataSample struct {
+	m      *Manager
+	sample []ownedBlob
+	report DataReport
+}
+
+type ownedBlob struct {
+	id   ID
+	blob Blob
+}
+
+// SampleData chooses percent of the blobs at random, but at least one, to be
+// read again. Files in snapshots are not among them: what they should hold is
+// known to blobs alone.
+func (m *Manager) SampleData(ctx context.Context, percent float64) (*DataSample, error) {
 	end, err := m.begin()
 	if err != nil {
-		return out, err
+		return nil, err
 	}
 	defer end()
 	if !(percent > 0 && percent <= 100) {
-		return out, fmt.Errorf("%v percent of the data: %w", percent, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("%v percent of the data: %w", percent, errdefs.ErrInvalidArgument)
 	}
-	owners := map[digest.Digest]ID{}
-	blobs := map[digest.Digest]Blob{}
+	s := &DataSample{m: m}
+	blobs := map[digest.Digest]ownedBlob{}
 	err = m.store.View(ctx, func(tx *metadata.Tx) error {
 		for rec, err := range tx.Records() {
 			if err != nil {
 				continue // Check reports it
 			}
 			if rec.Key != "" && len(rec.Blobs) == 0 {
-				out.Unreferenced++
+				s.report.Unreferenced++
 			}
 			for _, b := range rec.Blobs {
-				owners[b.Digest], blobs[b.Digest] = rec.ID, b
+				blobs[b.Digest] = ownedBlob{rec.ID, b}
 			}
 		}
 		return nil
 	})
 	if err != nil {
-		return out, fmt.Errorf("list blobs: %w", err)
+		return nil, fmt.Errorf("list blobs: %w", err)
 	}
-	var here []digest.Digest
-	for _, d := range slices.Sorted(maps.Keys(blobs)) {
+	for d, b := range blobs {
 		if _, there, err := m.blobs.size(ctx, d); err != nil {
-			return out, err
+			return nil, err
 		} else if there {
-			here = append(here, d)
+			s.sample = append(s.sample, b)
 		}
 	}
-	out.Blobs = len(here)
-	rand.Shuffle(len(here), func(i, j int) { here[i], here[j] = here[j], here[i] })
-	sample := int(float64(len(here))*percent/100 + 0.999999)
-	for _, d := range here[:min(sample, len(here))] {
-		n, err := m.readBlob(ctx, blobs[d])
+	s.report.Blobs = len(s.sample)
+	rand.Shuffle(len(s.sample), func(i, j int) { s.sample[i], s.sample[j] = s.sample[j], s.sample[i] })
+	most := int(math.Ceil(float64(len(s.sample)) * percent / 100))
+	s.sample = s.sample[:min(most, len(s.sample))]
+	return s, nil
+}
+
+// Read reads the blobs of the sample, and hands found each whose bytes do not
+// have its digest. It changes nothing and does not need the cache to be open.
+func (s *DataSample) Read(ctx context.Context, found func(Finding)) (DataReport, error) {
+	out := s.report
+	for _, b := range s.sample {
+		n, err := s.m.readBlob(ctx, b.blob)
 		out.Bytes += n
 		if is(err, errdefs.ErrDataLoss) {
-			found(Finding{Code: FindingBlobDigest, ID: owners[d], Key: string(d), Message: err.Error()})
+			found(Finding{Code: FindingBlobDigest, ID: b.id, Key: string(b.blob.Digest), Message: err.Error()})
 		} else if err != nil {
 			return out, err
 		}

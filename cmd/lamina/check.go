@@ -40,9 +40,9 @@ code is 5 if one stays. A record in quarantine is one that was damaged and has
 been set aside: it is listed, and counts as repaired.
 
 --read-data reads so much of the data again, chosen at random, and compares it
-with the digests that are stored: those of files whose hash was asked for once
-(see lamina hash). Data that differ are a finding that no repair can mend. What
-has no stored digest is counted, not read.`,
+with the digests that are stored: those of layer blobs, and of files whose hash
+was asked for once (see lamina hash). Data that differ are a finding that no
+repair can mend. What has no stored digest is counted, not read.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if cmd.Flags().Changed("read-data") {

@@ -23,13 +23,17 @@ type dataView struct {
 	// of records that have some, and records that have none at all.
 	UnknownFiles   uint64 `json:"unknown_files"`
 	UnknownRecords int    `json:"unknown_records"`
+	// Blobs were read again, BlobBytes bytes of them; Differ counts those
+	// that are damaged, too.
+	Blobs     int   `json:"blobs"`
+	BlobBytes int64 `json:"blob_bytes"`
 	// Skipped are records that somebody held or removed meanwhile.
 	Skipped int `json:"skipped"`
 }
 
 func (v *dataView) String() string {
-	s := fmt.Sprintf("read %s, %s; %d differ; without a stored digest: %s, %s",
-		plural(int(v.Files), "file"), size(int64(v.Bytes)), v.Differ, plural(int(v.UnknownFiles), "file"), plural(v.UnknownRecords, "whole record"))
+	s := fmt.Sprintf("read %s, %s, and %s, %s; %d differ; without a stored digest: %s, %s",
+		plural(int(v.Files), "file"), size(int64(v.Bytes)), plural(v.Blobs, "blob"), size(v.BlobBytes), v.Differ, plural(int(v.UnknownFiles), "file"), plural(v.UnknownRecords, "whole record"))
 	if v.Skipped > 0 {
 		s += fmt.Sprintf("; %s skipped, held or removed", plural(v.Skipped, "record"))
 	}
@@ -40,12 +44,17 @@ func (v *dataView) String() string {
 // open only between records.
 func (a *app) readData(ctx context.Context, percent float64) (found []finding, v *dataView, err error) {
 	v = &dataView{}
-	ids, err := a.withDigests(ctx, v)
+	ids, blobs, err := a.withDigests(ctx, percent, v)
 	if err != nil {
 		return nil, nil, err
 	}
 	stop := a.progress("reading data", func() string { return size(int64(v.Bytes)) })
 	defer stop()
+	read, err := blobs.Read(ctx, func(f cache.Finding) { found = append(found, finding{Finding: f}) })
+	if err != nil {
+		return nil, nil, err
+	}
+	v.Blobs, v.BlobBytes = read.Read, read.Bytes
 	for _, id := range ids {
 		differ, err := a.readRecord(ctx, id, percent, v)
 		if errors.Is(err, cache.ErrLocked) || errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
@@ -65,17 +74,20 @@ func (a *app) readData(ctx context.Context, percent float64) (found []finding, v
 	return found, v, nil
 }
 
-// withDigests lists the records of which digests are stored, and counts the
-// others.
-func (a *app) withDigests(ctx context.Context, v *dataView) (ids []cache.ID, err error) {
+// withDigests lists the records of which digests are stored, counts the others,
+// and chooses blobs.
+func (a *app) withDigests(ctx context.Context, percent float64, v *dataView) (ids []cache.ID, blobs *cache.DataSample, err error) {
 	m, err := a.open(ctx, changing)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer shut(m, &err)
+	if blobs, err = m.SampleData(ctx, percent); err != nil {
+		return nil, nil, err
+	}
 	with, without, err := checksum.Stored(ctx, m)
 	v.UnknownRecords = len(without)
-	return with, err
+	return with, blobs, err
 }
 
 // readRecord reads files of one record, with the store closed.
