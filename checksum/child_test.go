@@ -46,6 +46,29 @@ func TestChildReadsWhatItsLayerHolds(t *testing.T) {
 	})
 }
 
+// A merge starts from its lowest input; it is extracted by the question.
+func TestMergeReadsWhatItsLayersHold(t *testing.T) {
+	w := newWorld(t, kinds[0])
+	base := w.commit(nil, func(dir string) { manyFiles(w, dir, 10) })
+	w.sum(base, "/")
+	top := w.commit(nil, func(dir string) {
+		write(t, dir, "d001/f01", "over it")
+		write(t, dir, "new", "beside it")
+	})
+	merge, err := w.Merge(w.ctx, []*cache.ImmutableRef{base, top}, cache.MergeOptions{})
+	require.NoError(t, err)
+	require.Equal(t, cache.Lazy, merge.Record().State)
+	got := w.sum(merge, "/")
+	require.EqualValues(t, 2, w.sums.Stats(merge.ID()).FilesRead)
+	require.Equal(t, w.fresh(merge, "/"), got)
+
+	child := w.commit(merge, func(dir string) { write(t, dir, "d002/f02", "child") })
+	got = w.sum(child, "/")
+	require.EqualValues(t, 1, w.sums.Stats(child.ID()).FilesRead)
+	require.Equal(t, w.fresh(child, "/"), got)
+	w.release(base, top, merge, child)
+}
+
 // Everything that a layer can do to the one below.
 func TestChildOfAllChanges(t *testing.T) {
 	forKinds(t, func(w *world) {

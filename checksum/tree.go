@@ -44,6 +44,12 @@ func load(ctx context.Context, m *cache.Manager, ref *cache.ImmutableRef, loaded
 	if err != nil || t != nil {
 		return t, err
 	}
+	if ref.Record().State == cache.Lazy {
+		// Then it has layers that tell what it inherits.
+		if err := ref.Extract(ctx); err != nil {
+			return nil, err
+		}
+	}
 	inherited, err := inherit(ctx, m, ref, loaded)
 	if err != nil {
 		return nil, err
