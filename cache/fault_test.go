@@ -217,6 +217,8 @@ type faultRun struct {
 	// injected is what failing calls must wrap.
 	injected error
 	failed   []string
+	// entries are those of the store after the first run, without a failure.
+	entries map[string]int
 }
 
 // run returns the driver that was used.
@@ -305,6 +307,47 @@ func (f *faultRun) after(root string, s *story) {
 	left, err := os.ReadDir(filepath.Join(root, "mounts"))
 	require.NoError(f, err)
 	require.Empty(f, left, "%v", f.failed)
+	require.Empty(f, openBelow(f, root), "%v", f.failed)
+	if names := entries(f, root); f.entries == nil {
+		f.entries = names
+	} else {
+		require.Equal(f, f.entries, names, "%v", f.failed)
+	}
+}
+
+// openBelow lists the files below a directory that this process has open.
+func openBelow(t testing.TB, root string) (paths []string) {
+	files, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	for _, file := range files {
+		path, err := os.Readlink("/proc/self/fd/" + file.Name())
+		if err == nil && strings.HasPrefix(path, root+"/") { // else it was closed since
+			paths = append(paths, path)
+		}
+	}
+	return paths
+}
+
+// entries counts the entries of the directories of a store, those of its
+// snapshots left out.
+func entries(t testing.TB, root string) map[string]int {
+	counts := map[string]int{}
+	require.NoError(t, filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(root, path)
+		if err != nil || rel == "." {
+			return err
+		}
+		dir := filepath.Dir(rel)
+		counts[dir]++
+		if parent := filepath.Base(dir); parent == "active" || parent == "committed" || rel == "containerd" {
+			return fs.SkipDir
+		}
+		return nil
+	}))
+	return counts
 }
 
 // onDisk measures what the snapshots of a store occupy.

@@ -41,8 +41,8 @@ func stagesOf(file string) (pkg string, stages []stage) {
 type result struct {
 	File   string `json:"file"`
 	Breaks string `json:"breaks"`
-	// CaughtBy is the part of the tests that failed, "the compiler", or empty
-	// for a mutant that survived.
+	// CaughtBy is the part of the tests that failed, empty for a mutant that
+	// survived.
 	CaughtBy string `json:"caught_by"`
 	// Test is the first test that failed.
 	Test string `json:"test,omitempty"`
@@ -50,15 +50,16 @@ type result struct {
 
 func main() {
 	only := flag.String("only", "", "only mutants whose file or description has this text")
+	skip := flag.Int("skip", 0, "leave out the first mutants of the list")
 	out := flag.String("o", "", "write the results into this file, as JSON")
 	flag.Parse()
-	if err := run(*only, *out); err != nil {
+	if err := run(*only, *skip, *out); err != nil {
 		fmt.Fprintln(os.Stderr, "mutate:", err)
 		os.Exit(1)
 	}
 }
 
-func run(only, out string) error {
+func run(only string, skip int, out string) error {
 	scratch, err := os.MkdirTemp("", "lamina-mutate-")
 	if err != nil {
 		return err
@@ -66,11 +67,15 @@ func run(only, out string) error {
 	defer os.RemoveAll(scratch)
 	var results []result
 	caught := 0
-	for _, m := range mutants() {
+	for _, m := range mutants()[skip:] {
 		if !strings.Contains(m.file+" "+m.breaks, only) {
 			continue
 		}
 		r, err := try(scratch, m)
+		if errors.Is(err, errNoMutant) {
+			fmt.Println(m.file, m.breaks, err)
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %s: %w", m.file, m.breaks, err)
 		}
@@ -97,6 +102,10 @@ func write(out string, results []result) error {
 	}
 	return os.WriteFile(out, append(text, '\n'), 0o644)
 }
+
+// errNoMutant says that the list must be mended: what does not compile is no
+// mutant, and counts for nothing.
+var errNoMutant = errors.New("it does not compile")
 
 // try builds the tests with the mutant in place of the file and runs them.
 func try(scratch string, m mutant) (result, error) {
@@ -128,7 +137,7 @@ func try(scratch string, m mutant) (result, error) {
 	binary := filepath.Join(scratch, "tests")
 	build := exec.CommandContext(context.Background(), "go", "test", "-c", "-tags", "invariants", "-overlay", overlayFile, "-o", binary, pkg)
 	if text, err := build.CombinedOutput(); err != nil {
-		return r, fmt.Errorf("it does not compile: %w\n%s", err, text)
+		return r, fmt.Errorf("%w: %w\n%s", errNoMutant, err, text)
 	}
 	for _, s := range stages {
 		if failed, test := fails(binary, pkg, s); failed {

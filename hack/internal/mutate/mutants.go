@@ -25,7 +25,7 @@ func mutants() []mutant {
 		{"cache/commit.go", "	m.recordedLocked(e)\n	m.dropHandleLocked(r.h)\n", "	m.dropHandleLocked(r.h)\n", "a committed record counts as unrecorded"},
 		{"cache/commit.go", "	m.dropHandleLocked(r.h)\n	return &ImmutableRef", "	return &ImmutableRef", "the writer's handle lives on after a commit"},
 		{"cache/get.go", "			if !e.recorded {", "			if false {", "a mutable that is being given up is called mutable"},
-		{"cache/get.go", "		h.noTouch, h.caller = o.NoUpdate, from", "		h.caller = from", "a look counts as a use"},
+		{"cache/get.go", "		h.noTouch, h.caller = o.NoUpdate, from", "		h.noTouch, h.caller = false, from", "a look counts as a use"},
 		// Finalize.
 		{"cache/finalize.go", "testHold(m.root, e.id, false); err != nil", "testHold(m.root, e.id+\"x\", false); err != nil", "a record is finalized under a process that writes in it"},
 		{"cache/finalize.go", "		if serr != nil || !done {\n			return errors.Join(err, serr)\n		}", "		_, _ = serr, done\n		return err", "a Commit of the driver whose reply is lost cannot be repeated"},
