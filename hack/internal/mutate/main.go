@@ -27,7 +27,7 @@ func stagesOf(file string) (pkg string, stages []stage) {
 	switch dir := filepath.Dir(file); dir {
 	case "cache":
 		return "./cache", []stage{
-			{"histories", []string{"-test.run", "^TestHistories$/^memory$"}, []string{"LAMINA_HISTORIES=250"}},
+			{"histories", []string{"-test.run", "^TestHistories$/^memory$"}, []string{"LAMINA_HISTORIES=150"}},
 			{"concurrent histories", []string{"-test.run", "^TestLinearizable$"}, nil},
 			{"tests of the package", []string{"-test.failfast", "-test.skip", "^(TestHistories|TestLinearizable|TestCrashAtEveryStep|TestEvery.*|TestKilled.*)$"}, nil},
 			{"every failure", []string{"-test.failfast", "-test.run", "^TestEvery.*$"}, nil},
@@ -51,15 +51,16 @@ type result struct {
 func main() {
 	only := flag.String("only", "", "only mutants whose file or description has this text")
 	skip := flag.Int("skip", 0, "leave out the first mutants of the list")
+	quick := flag.Bool("quick", false, "run only the histories of a package that has them")
 	out := flag.String("o", "", "write the results into this file, as JSON")
 	flag.Parse()
-	if err := run(*only, *skip, *out); err != nil {
+	if err := run(*only, *skip, *quick, *out); err != nil {
 		fmt.Fprintln(os.Stderr, "mutate:", err)
 		os.Exit(1)
 	}
 }
 
-func run(only string, skip int, out string) error {
+func run(only string, skip int, quick bool, out string) error {
 	scratch, err := os.MkdirTemp("", "lamina-mutate-")
 	if err != nil {
 		return err
@@ -71,7 +72,7 @@ func run(only string, skip int, out string) error {
 		if !strings.Contains(m.file+" "+m.breaks, only) {
 			continue
 		}
-		r, err := try(scratch, m)
+		r, err := try(scratch, m, quick)
 		if errors.Is(err, errNoMutant) {
 			fmt.Println(m.file, m.breaks, err)
 			continue
@@ -108,7 +109,7 @@ func write(out string, results []result) error {
 var errNoMutant = errors.New("it does not compile")
 
 // try builds the tests with the mutant in place of the file and runs them.
-func try(scratch string, m mutant) (result, error) {
+func try(scratch string, m mutant, quick bool) (result, error) {
 	r := result{File: m.file, Breaks: m.breaks}
 	text, err := os.ReadFile(m.file)
 	if err != nil {
@@ -138,6 +139,9 @@ func try(scratch string, m mutant) (result, error) {
 	build := exec.CommandContext(context.Background(), "go", "test", "-c", "-tags", "invariants", "-overlay", overlayFile, "-o", binary, pkg)
 	if text, err := build.CombinedOutput(); err != nil {
 		return r, fmt.Errorf("%w: %w\n%s", errNoMutant, err, text)
+	}
+	if quick {
+		stages = stages[:min(2, len(stages))]
 	}
 	for _, s := range stages {
 		if failed, test := fails(binary, pkg, s); failed {
