@@ -2,27 +2,45 @@ package cache_test
 
 import (
 	"os"
+	"strconv"
 	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/stretchr/testify/require"
 
 	"github.com/lamina-build/lamina/cache/cachetest"
 )
 
+// histories is how many a test plays: few, or as many as LAMINA_HISTORIES says,
+// which hack/test sets for the run without the race detector.
+func histories(t *testing.T, few int) int {
+	text := os.Getenv("LAMINA_HISTORIES")
+	if text == "" {
+		return few
+	}
+	n, err := strconv.Atoi(text)
+	require.NoError(t, err)
+	return n
+}
+
 // The same histories on all drivers show the same: many in memory, and the
 // first of them on those that have directories.
 func TestHistories(t *testing.T) {
-	o := cachetest.Options{Histories: 5000, Dir: fastDir(t)}
+	few := 200
 	if underRace {
-		o.Histories = 50 // one goroutine has no races: hack/test runs all without
+		few = 40 // most of it is one goroutine, which has no races
 	}
+	o := cachetest.Options{Histories: histories(t, few), Dir: fastDir(t)}
 	if os.Getenv("LAMINA_TEST_FULL") != "" {
 		o.Histories, o.Seed = 50_000, seed(t)
 	}
-	compared := uint64(250)
+	compared := uint64(max(o.Histories/20, 10))
 	var mu sync.Mutex
 	inMemory := map[uint64][]string{}
+	if n, err := strconv.ParseUint(os.Getenv("LAMINA_HISTORY_SEED"), 10, 64); err == nil {
+		o.Seed = n
+	}
 	first := max(o.Seed, 1)
 	o.Seen = func(seed uint64, trace []string) {
 		if seed < first+compared {
@@ -51,7 +69,7 @@ func TestHistories(t *testing.T) {
 // Whatever several clients see of one cache, they could have seen one after the
 // other.
 func TestLinearizable(t *testing.T) {
-	o := cachetest.Options{Histories: 1000, Dir: fastDir(t)}
+	o := cachetest.Options{Histories: min(histories(t, 300), 1000), Dir: fastDir(t)}
 	if os.Getenv("LAMINA_TEST_FULL") != "" {
 		o.Histories, o.Seed = 20_000, seed(t)
 	}

@@ -221,6 +221,7 @@ func (h *history) forget() {
 // is opened, and must not matter to the next who opens it.
 func (h *history) restart(op Op, sameBoot bool) {
 	h.must(h.closeStore(), "close")
+	h.expectClean()
 	if !sameBoot {
 		h.boot++
 		h.releaseHolds()
@@ -239,6 +240,22 @@ func (h *history) restart(op Op, sameBoot bool) {
 	h.must(err, "open again")
 	h.model.reopen(sameBoot)
 	h.compare()
+}
+
+// expectClean says that a Close which left nothing behind says so, so that the
+// next open has nothing to settle.
+func (h *history) expectClean() {
+	for _, r := range h.model.records {
+		if r.unrecorded {
+			return
+		}
+	}
+	if h.faulted || len(h.holds) > 0 {
+		return
+	}
+	if _, err := os.Lstat(filepath.Join(h.root, "clean")); err != nil {
+		h.fail("the store is closed, with nothing left to settle, and not marked clean: %v", err)
+	}
 }
 
 // crash ends the process without a word, opens the store again and goes on

@@ -47,12 +47,11 @@ type Options struct {
 	Seen func(seed uint64, trace []string)
 }
 
-// The environment overrides Options: a number of histories, the first seed, and
-// one history spelled out, as a failure prints it.
+// The environment overrides Options: the first seed, and one history spelled
+// out, as a failure prints it.
 const (
-	envHistories = "LAMINA_HISTORIES"
-	envSeed      = "LAMINA_HISTORY_SEED"
-	envOps       = "LAMINA_HISTORY_OPS"
+	envSeed = "LAMINA_HISTORY_SEED"
+	envOps  = "LAMINA_HISTORY_OPS"
 )
 
 // Run plays histories on stores of the driver that open gives.
@@ -94,9 +93,6 @@ func (r *runner) defaults() {
 	}
 	if r.Dir == "" {
 		r.Dir = r.t.TempDir()
-	}
-	if n, err := strconv.Atoi(os.Getenv(envHistories)); err == nil {
-		r.Histories = n
 	}
 	if n, err := strconv.ParseUint(os.Getenv(envSeed), 10, 64); err == nil {
 		r.Seed = n

@@ -29,6 +29,7 @@ func stagesOf(file string) (pkg string, stages []stage) {
 		return "./cache", []stage{
 			{"histories", []string{"-test.run", "^TestHistories$/^memory$"}, []string{"LAMINA_HISTORIES=150"}},
 			{"concurrent histories", []string{"-test.run", "^TestLinearizable$"}, nil},
+			{"tests of states", []string{"-test.failfast", "-test.run", "^(TestSettle|TestMarks|TestHold|TestHalf|TestReopen|TestMounts|TestPrune|TestFinalize|TestLife|TestFailed|TestSecondHandle|TestDetached|TestAWriter)"}, nil},
 			{"tests of the package", []string{"-test.failfast", "-test.skip", "^(TestHistories|TestLinearizable|TestCrashAtEveryStep|TestEvery.*|TestKilled.*)$"}, nil},
 			{"every failure", []string{"-test.failfast", "-test.run", "^TestEvery.*$"}, nil},
 			{"every crash", []string{"-test.failfast", "-test.run", "^TestCrashAtEveryStep$"}, nil},
@@ -51,7 +52,7 @@ type result struct {
 func main() {
 	only := flag.String("only", "", "only mutants whose file or description has this text")
 	skip := flag.Int("skip", 0, "leave out the first mutants of the list")
-	quick := flag.Bool("quick", false, "run only the histories of a package that has them")
+	quick := flag.Bool("quick", false, "leave out the tests that take minutes")
 	out := flag.String("o", "", "write the results into this file, as JSON")
 	flag.Parse()
 	if err := run(*only, *skip, *quick, *out); err != nil {
@@ -136,12 +137,12 @@ func try(scratch string, m mutant, quick bool) (result, error) {
 	}
 	pkg, stages := stagesOf(m.file)
 	binary := filepath.Join(scratch, "tests")
-	build := exec.CommandContext(context.Background(), "go", "test", "-c", "-tags", "invariants", "-overlay", overlayFile, "-o", binary, pkg)
+	build := exec.CommandContext(context.Background(), "go", "test", "-c", "-vet=off", "-tags", "invariants", "-overlay", overlayFile, "-o", binary, pkg)
 	if text, err := build.CombinedOutput(); err != nil {
 		return r, fmt.Errorf("%w: %w\n%s", errNoMutant, err, text)
 	}
 	if quick {
-		stages = stages[:min(2, len(stages))]
+		stages = stages[:min(3, len(stages))]
 	}
 	for _, s := range stages {
 		if failed, test := fails(binary, pkg, s); failed {
