@@ -88,52 +88,87 @@ type item struct {
 	Index string          `json:"index,omitempty"`
 }
 
-// fields are the keys that have a meaning here, with what they are read into.
-func (r *Row) fields() map[string]func(json.RawMessage) error {
-	into := func(p any) func(json.RawMessage) error {
-		return func(raw json.RawMessage) error { return json.Unmarshal(raw, p) }
+// nanoseconds is a time since 1970; 0 is never.
+type nanoseconds struct{ at *time.Time }
+
+func (n nanoseconds) UnmarshalJSON(raw []byte) error {
+	var ns int64
+	err := json.Unmarshal(raw, &ns)
+	if ns != 0 {
+		*n.at = time.Unix(0, ns).UTC()
 	}
-	policy := func(raw json.RawMessage) error {
-		var n int
-		err := json.Unmarshal(raw, &n)
-		r.Retain = n == 1
-		return err
+	return err
+}
+
+// retained is a cache policy, of which 1 is to retain.
+type retained struct{ retain *bool }
+
+func (p retained) UnmarshalJSON(raw []byte) error {
+	var policy int
+	err := json.Unmarshal(raw, &policy)
+	*p.retain = policy == 1
+	return err
+}
+
+// field is what the value of a key is read into, nil if the key has no meaning
+// here.
+func (r *Row) field(key string) any {
+	switch key {
+	case "cache.createdAt":
+		return nanoseconds{&r.Created}
+	case "cache.lastUsedAt":
+		return nanoseconds{&r.LastUsed}
+	case "cache.usageCount":
+		return &r.UsageCount
+	case "cache.cachePolicy":
+		return retained{&r.Retain}
+	case "cache.description":
+		return &r.Description
+	case "cache.recordType":
+		return &r.RecordType
+	case "snapshot.size":
+		return &r.Size
+	case "snapshot.committed":
+		return &r.Committed
+	case "cache.deleted":
+		return &r.Deleted
+	case "cache.equalMutable":
+		return &r.EqualMutable
+	case "cache.parent":
+		return &r.Parent
+	case "cache.mergeParents":
+		return &r.MergeParents
+	case "cache.lowerDiffParent":
+		return &r.DiffLower
+	case "cache.upperDiffParent":
+		return &r.DiffUpper
+	case "cache.snapshot":
+		return &r.Snapshot
 	}
-	at := func(t *time.Time) func(json.RawMessage) error {
-		return func(raw json.RawMessage) error {
-			var ns int64
-			err := json.Unmarshal(raw, &ns)
-			if ns != 0 {
-				*t = time.Unix(0, ns).UTC()
-			}
-			return err
-		}
+	return r.layerField(key)
+}
+
+// layerField is field for what describes a layer.
+func (r *Row) layerField(key string) any {
+	switch key {
+	case "cache.blobonly":
+		return &r.BlobOnly
+	case "cache.blob":
+		return &r.Blob
+	case "cache.blobsize":
+		return &r.BlobSize
+	case "cache.diffID":
+		return &r.DiffID
+	case "cache.mediatype":
+		return &r.MediaType
+	case "cache.chainID":
+		return &r.ChainID
+	case "cache.layer.urls":
+		return &r.URLs
+	case "cache.imageRefs":
+		return &r.ImageRefs
 	}
-	return map[string]func(json.RawMessage) error{
-		"cache.createdAt":       at(&r.Created),
-		"cache.lastUsedAt":      at(&r.LastUsed),
-		"cache.usageCount":      into(&r.UsageCount),
-		"cache.cachePolicy":     policy,
-		"cache.description":     into(&r.Description),
-		"cache.recordType":      into(&r.RecordType),
-		"snapshot.size":         into(&r.Size),
-		"snapshot.committed":    into(&r.Committed),
-		"cache.deleted":         into(&r.Deleted),
-		"cache.equalMutable":    into(&r.EqualMutable),
-		"cache.parent":          into(&r.Parent),
-		"cache.mergeParents":    into(&r.MergeParents),
-		"cache.lowerDiffParent": into(&r.DiffLower),
-		"cache.upperDiffParent": into(&r.DiffUpper),
-		"cache.snapshot":        into(&r.Snapshot),
-		"cache.blobonly":        into(&r.BlobOnly),
-		"cache.blob":            into(&r.Blob),
-		"cache.blobsize":        into(&r.BlobSize),
-		"cache.diffID":          into(&r.DiffID),
-		"cache.mediatype":       into(&r.MediaType),
-		"cache.chainID":         into(&r.ChainID),
-		"cache.layer.urls":      into(&r.URLs),
-		"cache.imageRefs":       into(&r.ImageRefs),
-	}
+	return nil
 }
 
 // indexed are keys whose index a record has by itself, so that the value need
@@ -144,7 +179,6 @@ func indexed(name string) bool { return name == "cache.chainID" }
 // row: what it was is not known.
 func parseRow(id string, values map[string][]byte) *Row {
 	r := &Row{ID: id, Size: -1}
-	fields := r.fields()
 	for name, raw := range values {
 		if len(bytes.TrimSpace(raw)) == 0 {
 			continue // cleared
@@ -154,9 +188,10 @@ func parseRow(id string, values map[string][]byte) *Row {
 			r.Damaged = fmt.Errorf("value %q cannot be read: %w", name, err)
 			continue
 		}
-		set, known := fields[name]
+		field := r.field(name)
+		known := field != nil
 		if known && len(it.Value) > 0 {
-			if err := set(it.Value); err != nil {
+			if err := json.Unmarshal(it.Value, field); err != nil {
 				r.Damaged = fmt.Errorf("value %q cannot be read: %w", name, err)
 			}
 		}

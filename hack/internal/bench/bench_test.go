@@ -79,6 +79,9 @@ func TestAllOperations(t *testing.T) {
 		if r.Name == "checksum-cold" || r.Name == "checksum-child" || r.Name == "checksum-after-finalize" {
 			return nil // what was learned may be stored before the clock is read
 		}
+		if r.Name == "migrate" {
+			return nil // works on another directory; how many batches it takes is its own
+		}
 		tx[r.Name] = f.Transactions
 		if f.Syncs != nil {
 			syncs[r.Name] = *f.Syncs

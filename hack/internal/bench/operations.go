@@ -29,6 +29,8 @@ type operation struct {
 	// everySize says that it is measured on each size of the state; others
 	// are measured on the largest only.
 	everySize bool
+	// ownOnly says that the peer has no such operation.
+	ownOnly bool
 	// prepare does what is not measured and returns what is. after undoes
 	// it, not measured either. It is called for each of the batch.
 	prepare func(ctx context.Context, w *world, n int) (sample, error)
@@ -50,7 +52,7 @@ type sample struct{ run, after func(context.Context) error }
 // operations lists all, in the order in which they are measured. Names are
 // part of what --json promises.
 func operations() []operation {
-	return slices.Concat(lifeOperations(), checksumOperations(), commandOperations(), usageOperations(), []operation{{name: besidePrune, destroys: true}})
+	return slices.Concat(lifeOperations(), checksumOperations(), commandOperations(), usageOperations(), migrationOperations(), []operation{{name: besidePrune, destroys: true}})
 }
 
 // lifeOperations are those on single records.

@@ -201,7 +201,7 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 		}
 		for _, n := range ns {
 			c.progress(fmt.Sprintf("%s, n = %d", op.name, n))
-			r, err := c.measure(ctx, op, n, contenders)
+			r, err := c.measure(ctx, op, n, op.contenders(contenders))
 			if err != nil {
 				return fmt.Errorf("%s: %w", op.name, err)
 			}
@@ -211,6 +211,14 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 		}
 	}
 	return nil
+}
+
+// contenders are those that have the operation.
+func (op operation) contenders(all []contender) []contender {
+	if !op.ownOnly {
+		return all
+	}
+	return slices.DeleteFunc(slices.Clone(all), func(c contender) bool { return c.name == Peer })
 }
 
 // build makes the states of all subjects at once. Those that it made are
