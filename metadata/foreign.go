@@ -75,10 +75,26 @@ func (f *Foreign) Transaction() uint64 { return f.meta.txid }
 // newer one, what is read is the state before the last transaction.
 func (f *Foreign) Stale() bool { return f.stale }
 
+// inMemory is how large a file may be, in bytes, to be read as a whole, which
+// spares two system calls for each page.
+const inMemory = 32 << 20
+
+// source reads the file, from memory if it is small.
+func (f *Foreign) source() source {
+	if f.size > inMemory {
+		return fileSource{f.f}
+	}
+	b := make([]byte, f.size)
+	if _, err := f.f.ReadAt(b, 0); err != nil {
+		return fileSource{f.f} // page by page one learns which cannot be read
+	}
+	return mapSource(b)
+}
+
 // Root is the bucket that holds the buckets of the top level.
 func (f *Foreign) Root() ForeignBucket {
 	return ForeignBucket{
-		t:    &tree{src: fileSource{f.f}, pageSize: uint64(f.meta.pageSize), used: f.meta.used},
+		t:    &tree{src: f.source(), pageSize: uint64(f.meta.pageSize), used: f.meta.used},
 		root: bucketRoot{page: f.meta.root},
 	}
 }

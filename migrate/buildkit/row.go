@@ -91,7 +91,7 @@ type item struct {
 // nanoseconds is a time since 1970; 0 is never.
 type nanoseconds struct{ at *time.Time }
 
-func (n nanoseconds) UnmarshalJSON(raw []byte) error {
+func (n *nanoseconds) UnmarshalJSON(raw []byte) error {
 	var ns int64
 	err := json.Unmarshal(raw, &ns)
 	if ns != 0 {
@@ -103,7 +103,7 @@ func (n nanoseconds) UnmarshalJSON(raw []byte) error {
 // retained is a cache policy, of which 1 is to retain.
 type retained struct{ retain *bool }
 
-func (p retained) UnmarshalJSON(raw []byte) error {
+func (p *retained) UnmarshalJSON(raw []byte) error {
 	var policy int
 	err := json.Unmarshal(raw, &policy)
 	*p.retain = policy == 1
@@ -115,13 +115,13 @@ func (p retained) UnmarshalJSON(raw []byte) error {
 func (r *Row) field(key string) any {
 	switch key {
 	case "cache.createdAt":
-		return nanoseconds{&r.Created}
+		return &nanoseconds{&r.Created}
 	case "cache.lastUsedAt":
-		return nanoseconds{&r.LastUsed}
+		return &nanoseconds{&r.LastUsed}
 	case "cache.usageCount":
 		return &r.UsageCount
 	case "cache.cachePolicy":
-		return retained{&r.Retain}
+		return &retained{&r.Retain}
 	case "cache.description":
 		return &r.Description
 	case "cache.recordType":

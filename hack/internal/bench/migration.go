@@ -72,8 +72,8 @@ func prepareMigrate(_ context.Context, w *world, n int) (sample, error) {
 			if err == nil {
 				err = reports[0].Err
 			}
-			if err == nil && reports[0].Status != migrate.Migrated {
-				err = fmt.Errorf("%s was %s", b.Dir, reports[0].Status)
+			if err == nil && (reports[0].Status != migrate.Migrated || len(reports[0].Plan.Dropped()) > 0) {
+				err = fmt.Errorf("%s was not taken over as a whole", b.Dir)
 			}
 			return err
 		},
