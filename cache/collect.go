@@ -230,8 +230,8 @@ func (c *collector) prune(ctx context.Context, why string) (sum Pruned, err erro
 	if c.o.OnPlan != nil {
 		c.o.OnPlan(why, plan)
 	}
-	steps := make(map[ID]policy.Step, plan.Removed)
-	for _, s := range plan.Victims() {
+	steps := make(map[ID]policy.Step, len(plan.Steps))
+	for _, s := range plan.Steps {
 		steps[ID(s.Record.ID)] = s
 	}
 	sum.Kept = len(plan.Kept())

@@ -240,16 +240,22 @@ func pruneUsage(cmd *cobra.Command, err error) error {
 
 // carryOut executes a plan and prints what becomes of each record.
 func (a *app) carryOut(cmd *cobra.Command, m *cache.Manager, plan *policy.Plan) error {
-	sum := pruneSum{Kept: len(plan.Kept())}
+	var sum pruneSum
 	code, messages := 0, map[string]policy.Step{}
-	for _, s := range plan.Victims() {
+	for _, s := range plan.Steps {
 		messages[s.Record.ID] = s
 	}
+	kept := slices.Clone(plan.Kept())
 	for r, err := range m.Execute(cmd.Context(), plan) {
 		if err != nil {
 			return err
 		}
 		s := messages[string(r.ID)]
+		if s.Action == policy.Keep {
+			// It was to go when it is released, and was just now.
+			s.Action = policy.Remove
+			kept = slices.DeleteFunc(kept, func(k policy.Step) bool { return k.Record.ID == s.Record.ID })
+		}
 		if r.Err == nil {
 			sum.Removed++
 			sum.Freed += r.Freed
@@ -265,8 +271,9 @@ func (a *app) carryOut(cmd *cobra.Command, m *cache.Manager, plan *policy.Plan) 
 			return err
 		}
 	}
+	sum.Kept = len(kept)
 	if a.json {
-		for _, s := range plan.Kept() {
+		for _, s := range kept {
 			if err := printJSON(a.out, stepViewOf(s)); err != nil {
 				return err
 			}

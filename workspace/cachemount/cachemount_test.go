@@ -372,3 +372,25 @@ func TestTargets(t *testing.T) {
 	}
 	require.NoDirExists(t, "/tmp/x")
 }
+
+// TestReleasedAfterThePlan: what a plan leaves to its user, who is gone when it
+// is executed, goes at once.
+func TestReleasedAfterThePlan(t *testing.T) {
+	newPlace(t, func(p *place) {
+		a := p.get(cachemount.Shared)
+		p.look(func(m *cache.Manager) {
+			plan, err := m.Plan(p.ctx, policy.Policy{Filters: []string{"cache==go"}})
+			require.NoError(t, err)
+			require.Zero(t, plan.Removed)
+			require.NoError(t, a.Release())
+			var removed []cache.ID
+			for r, err := range m.Execute(p.ctx, plan) {
+				require.NoError(t, err)
+				require.NoError(t, r.Err)
+				removed = append(removed, r.ID)
+			}
+			require.Equal(t, []cache.ID{cache.ID(plan.Kept()[0].Record.ID)}, removed)
+		})
+		require.Empty(t, p.records())
+	})
+}
