@@ -185,7 +185,7 @@ func (a *applier) entries() error {
 			return context.Cause(a.ctx)
 		}
 		h, err := a.tar.Next()
-		if err == io.EOF { //nolint:errorlint // the end is io.EOF itself
+		if err == io.EOF {
 			return nil
 		}
 		if err != nil && !errors.Is(err, tar.ErrInsecurePath) {

@@ -277,7 +277,7 @@ func gnuSparse() []byte {
 	copy(block[148:], []byte{byte('0' + sum>>12&7), byte('0' + sum>>9&7), byte('0' + sum>>6&7), byte('0' + sum>>3&7), byte('0' + sum&7), 0, ' '})
 	data := make([]byte, 512*3)
 	copy(data, "abc")
-	return append(block, data...)
+	return bytes.Join([][]byte{block, data}, nil)
 }
 
 // paxSparse is one in the PAX format 1.0, where the map is before the data.

@@ -95,7 +95,7 @@ func Decompress(r io.Reader, mediaType string) (io.ReadCloser, error) {
 // sniff looks at the first bytes.
 func sniff(b *bufio.Reader, declared Algorithm) (Algorithm, error) {
 	head, err := b.Peek(512)
-	if err != nil && err != io.EOF { //nolint:errorlint // the end is io.EOF itself
+	if err != nil && err != io.EOF {
 		return None, err
 	}
 	found := None
@@ -148,7 +148,7 @@ type source struct {
 
 func (s *source) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
-	if err != nil && err != io.EOF { //nolint:errorlint // the end is io.EOF itself
+	if err != nil && err != io.EOF {
 		s.err = err
 	}
 	return n, err

@@ -48,7 +48,6 @@ type ent struct {
 	pax        map[string]string
 	major      int64
 	minor      int64
-	size       int64 // instead of the body's
 }
 
 var someTime = time.Unix(1_600_000_000, 123_456_789)
@@ -58,7 +57,9 @@ func directory(name string) ent  { return ent{name: name, typ: tar.TypeDir, mode
 func symlink(name, to string) ent {
 	return ent{name: name, typ: tar.TypeSymlink, link: to, mode: 0o777}
 }
+
 func hardlink(name, to string) ent { return ent{name: name, typ: tar.TypeLink, link: to, mode: 0o644} }
+
 func whiteout(name string) ent {
 	dir, base := filepath.Split(name)
 	return ent{name: dir + ".wh." + base, typ: tar.TypeReg}
