@@ -89,7 +89,7 @@ func TestRightsOfTheCaller(t *testing.T) {
 	require.Equal(t, 0o077, unix.Umask(0o077))
 }
 
-func TestHidingInATree(t *testing.T) {
+func TestHiding(t *testing.T) {
 	base := pack(t, directory("d"), file("d/a", "1"), file("d/b", "2"), file("d/s/x", "3"), file("d/s/y", "4"), file("e/x", "5"), file("f", "6"))
 	for _, tt := range []struct {
 		name    string
@@ -106,6 +106,8 @@ func TestHidingInATree(t *testing.T) {
 		{"opaque of nothing", []ent{opaque("new")}, []string{"d/", "d/a", "d/b", "d/s/", "d/s/x", "d/s/y", "e/", "e/x", "f", "new/"}},
 		{"whiteout, then the same name", []ent{whiteout("d"), file("d/new", ""), whiteout("f"), file("f", "")}, []string{"d/", "d/new", "e/", "e/x", "f"}},
 		{"the same name, then its whiteout", []ent{file("d/new", ""), whiteout("d"), file("f", ""), whiteout("f")}, []string{"d/", "d/new", "e/", "e/x", "f"}},
+		{"whiteout, then the directory", []ent{whiteout("d"), directory("d"), whiteout("e"), whiteout("f")}, []string{"d/"}},
+		{"file, then the directory", []ent{file("d", ""), directory("d"), whiteout("e"), whiteout("f")}, []string{"d/"}},
 		{"aufs's own", []ent{{name: ".wh..wh.plnk/1.2", typ: tar.TypeReg}, {name: ".wh..wh.aufs", typ: tar.TypeReg}, whiteout("d"), whiteout("e")}, []string{"f"}},
 		{"file for a directory, and back", []ent{file("d", ""), directory("e"), file("f/x", "")}, []string{"d", "e/", "e/x", "f/", "f/x"}},
 		{"not in front", []ent{file("f.wh.x", ""), whiteout("d"), whiteout("e"), whiteout("f")}, []string{"f.wh.x"}},
@@ -115,6 +117,17 @@ func TestHidingInATree(t *testing.T) {
 			apply(t, dir, base, mine())
 			apply(t, dir, pack(t, tt.entries...), mine())
 			require.Equal(t, tt.want, names(t, dir))
+			if os.Getenv(envPrivate) == "" {
+				return // cannot mount
+			}
+			for _, form := range []layer.Form{layer.OverlayTrusted, layer.OverlayUser} {
+				lower, upper := mkdir(t), mkdir(t)
+				apply(t, lower, base, layer.ApplyOptions{Form: form})
+				apply(t, upper, pack(t, tt.entries...), layer.ApplyOptions{Form: form, Parents: []string{lower}})
+				overlay(t, form, []string{upper, lower}, "", func(root string) {
+					require.Equal(t, tt.want, names(t, root))
+				})
+			}
 		})
 	}
 }
