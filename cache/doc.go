@@ -25,6 +25,12 @@
 // they are removed. A mutable that was neither committed nor retained has no
 // record; it dies with its handle.
 //
+// # Layers
+//
+// GetByBlob gives the record of an image layer, Merge and Diff those of trees
+// that are made of others. They are lazy: Extract, or whatever needs the
+// snapshot, makes it. GetRemotes gives layers out as blobs.
+//
 // # Usage and pruning
 //
 // DiskUsage counts everything once; Used, Totals and Reclaimable cost the same

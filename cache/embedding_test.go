@@ -13,7 +13,7 @@ func TestEmbeddingShowsWhatTheExamplesRun(t *testing.T) {
 	page, err := os.ReadFile("../docs/embedding.md")
 	require.NoError(t, err)
 	var examples []byte
-	for _, file := range []string{"example_test.go", "../checksum/example_test.go"} {
+	for _, file := range []string{"example_test.go", "example_layers_test.go", "../checksum/example_test.go"} {
 		text, err := os.ReadFile(file)
 		require.NoError(t, err)
 		examples = append(append(examples, '\n'), text...)

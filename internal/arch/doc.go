@@ -8,7 +8,7 @@
 //	workspace, migrate
 //	checksum
 //	cache
-//	snapshot, metadata, contenthash, layer
+//	snapshot, metadata, contenthash, layer, image
 //
 // integration and hack stand outside: they may import what they like, and
 // nobody imports them.
