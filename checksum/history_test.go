@@ -264,8 +264,11 @@ func (h *history) change(mut *cache.MutableRef, w *checksum.Writer) {
 // changeOne makes one change, if it can be made, and says what changed.
 func (h *history) changeOne(dir, path, what string) []contenthash.Change {
 	at := filepath.Join(dir, path)
-	if st, err := os.Lstat(filepath.Dir(at)); err != nil || !st.IsDir() {
-		return nil
+	for dirs := filepath.Dir(path); dirs != "."; dirs = filepath.Dir(dirs) {
+		// No link on the way: it might lead out of the mount.
+		if st, err := os.Lstat(filepath.Join(dir, dirs)); err != nil || !st.IsDir() {
+			return nil
+		}
 	}
 	st, err := os.Lstat(at)
 	there := err == nil
