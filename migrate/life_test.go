@@ -59,7 +59,21 @@ func TestTreesStay(t *testing.T) {
 			_, err := m.Sync(t.Context())
 			require.NoError(t, err)
 		})
-		session("one", func(*cache.Manager) {})
+		session("one", func(m *cache.Manager) {
+			for id, r := range want {
+				// A blob of BuildKit's lacks the user attributes that the layer
+				// has, and where layers do not stack a diff is made of its blob.
+				if r.Kind != "lazy" || e.Driver == "native" && r.Op != "base" && r.Op != "layer" {
+					continue
+				}
+				ref, err := m.Get(t.Context(), cache.ID(id), cache.GetOptions{})
+				require.NoError(t, err)
+				require.NoError(t, ref.Extract(t.Context()), id)
+				require.NoError(t, ref.Release(t.Context()))
+			}
+			_, err := m.Sync(t.Context())
+			require.NoError(t, err)
+		})
 		session("two", func(*cache.Manager) {})
 	}, "v0.6.4-v1", "v0.34.1-native", "v0.34.1-crash-many", "v0.8.3-to-v0.34.1")
 }

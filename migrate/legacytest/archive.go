@@ -183,10 +183,12 @@ func unpackOne(r io.Reader, h *tar.Header, to string) error {
 			}
 		}
 	}
-	if h.Typeflag == tar.TypeReg {
-		return os.Chtimes(path, h.ModTime, h.ModTime)
+	// Of links, too: a comparison of two trees goes by times.
+	at, err := unix.TimeToTimespec(h.ModTime)
+	if err != nil {
+		return err
 	}
-	return nil
+	return unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{at, at}, unix.AT_SYMLINK_NOFOLLOW)
 }
 
 func unpackFile(r io.Reader, path string) error {
