@@ -2,7 +2,9 @@ package cache_test
 
 import (
 	"os"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
@@ -22,6 +24,15 @@ func histories(t *testing.T, few int) int {
 	n, err := strconv.Atoi(text)
 	require.NoError(t, err)
 	return n
+}
+
+// untilKilled is what a history saw before the first kill: how far an operation
+// got that was cut may depend on the driver, within what the model allows.
+func untilKilled(trace []string) []string {
+	if i := slices.IndexFunc(trace, func(line string) bool { return strings.Contains(line, "the process died") }); i >= 0 {
+		return trace[:i]
+	}
+	return trace
 }
 
 // The same histories on all drivers show the same: many in memory, and the
@@ -46,7 +57,7 @@ func TestHistories(t *testing.T) {
 		if seed < first+compared {
 			mu.Lock()
 			defer mu.Unlock()
-			inMemory[seed] = trace
+			inMemory[seed] = untilKilled(trace)
 		}
 	}
 	t.Run("memory", func(t *testing.T) { cachetest.Run(t, cachetest.Memory(), o) })
@@ -57,8 +68,8 @@ func TestHistories(t *testing.T) {
 			needRoot(t)
 			o.Dir = fastDir(t)
 			o.Seen = func(seed uint64, trace []string) {
-				if want, there := inMemory[seed]; there && !cmp.Equal(want, trace) {
-					t.Errorf("the history of seed %d looks otherwise than in memory:\n%s", seed, cmp.Diff(want, trace))
+				if want, there := inMemory[seed]; there && !cmp.Equal(want, untilKilled(trace)) {
+					t.Errorf("the history of seed %d looks otherwise than in memory:\n%s", seed, cmp.Diff(want, untilKilled(trace)))
 				}
 			}
 			cachetest.Run(t, k.open, o)

@@ -169,3 +169,21 @@ func TestLookupsBesidePrunes(t *testing.T) {
 		require.NoError(t, errors.Join(append(failures, <-errs)...))
 	})
 }
+
+// A handle that is released once more is no use of the record, even while
+// others look at it.
+func TestSecondReleaseIsNoUse(t *testing.T) {
+	forKinds(t, func(w *world) {
+		imm := w.layer(nil, "a", "1")
+		mnt, err := imm.Mount(w.ctx)
+		require.NoError(t, err)
+		w.release(imm)
+		look, err := w.Get(w.ctx, imm.ID(), cache.GetOptions{NoUpdate: true})
+		require.NoError(t, err)
+		w.release(imm, look)
+		require.NoError(t, mnt.Unmount())
+		rec, err := w.Lookup(w.ctx, imm.ID())
+		require.NoError(t, err)
+		require.EqualValues(t, 1, rec.UsageCount)
+	})
+}
