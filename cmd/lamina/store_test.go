@@ -12,8 +12,10 @@ func TestCommandLineHasNoValuesOfTheEnvironment(t *testing.T) {
 		want string
 	}{
 		{[]string{"lamina", "ls"}, "lamina ls"},
-		{[]string{"lamina", "run", "--env", "A=secret", "--env=B=secret", "--env", "C", "--env=D", "--key", "k=v", "--", "--env", "E=f"},
-			"lamina run --env A=... --env=B=... --env C --env=D --key k=v -- --env E=f"},
+		{
+			[]string{"lamina", "run", "--env", "A=secret", "--env=B=secret", "--env", "C", "--env=D", "--key", "k=v", "--", "--env", "E=f"},
+			"lamina run --env A=... --env=B=... --env C --env=D --key k=v -- --env E=f",
+		},
 		{[]string{"lamina", "run", "--env", "A=", "--env"}, "lamina run --env A=... --env"},
 	} {
 		require.Equal(t, c.want, commandLine(c.args))
