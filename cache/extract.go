@@ -276,8 +276,11 @@ func (m *Manager) unmakeOne(ctx context.Context, id ID) error {
 		return err
 	}
 	can, err := m.canMakeAgain(ctx, rec)
-	if err != nil || !can {
+	if err != nil {
 		return err
+	}
+	if !can {
+		return fmt.Errorf("the snapshot of record %s is gone and cannot be made again: %w", short(id), errdefs.ErrDataLoss)
 	}
 	m.log.Warn("a snapshot was removed behind the cache's back and is made again", "id", id)
 	_, err = m.change(ctx, e, func(_ *metadata.Tx, edit *Edit) error {
