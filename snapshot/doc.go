@@ -98,5 +98,6 @@
 // A lock per key is held while the names of that key change and across an
 // overlay mount or probe of it, which exclude each other. Several are taken
 // in the order of the keys. Measuring, copying and deleting trees happen
-// outside. The mutexes of the caches are leaves.
+// outside; only Clean holds the lock of its key for as long as it walks, as
+// nobody may mount it meanwhile. The mutexes of the caches are leaves.
 package snapshot

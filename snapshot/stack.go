@@ -326,7 +326,7 @@ func (o *overlay) Layers(_ context.Context, key string) ([]Layer, error) {
 }
 
 func (o *overlay) listLayers(key string, e entry, s state) (list []Layer, err error) {
-	names := []string{}
+	var names []string
 	if s.stack() {
 		names = s.needs()
 	} else if names, err = o.ancestors(string(s.Parent)); err != nil {
