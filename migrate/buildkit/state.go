@@ -90,8 +90,8 @@ type Snapshot struct {
 }
 
 // Remote says that the data is not in the directory but somewhere else.
-func (s *Snapshot) Remote() bool {
-	_, ok := s.Labels["containerd.io/snapshot/remote"]
+func (snap *Snapshot) Remote() bool {
+	_, ok := snap.Labels["containerd.io/snapshot/remote"]
 	return ok
 }
 
