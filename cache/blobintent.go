@@ -230,14 +230,25 @@ func (b *blobStore) intentsFor(recs []*Record) (digests []digest.Digest) {
 	return digests
 }
 
-// drop removes those of the blobs that no record names any more. What cannot
-// be removed is tried again by the next open.
-func (b *blobStore) drop(ctx context.Context, digests []digest.Digest) {
+// drop removes those of the blobs that no record names any more, and says what
+// each of them occupied. What cannot be removed is tried again by the next open.
+func (b *blobStore) drop(ctx context.Context, digests []digest.Digest) (freed map[digest.Digest]int64) {
+	ctx = context.WithoutCancel(ctx)
+	freed = map[digest.Digest]int64{}
 	for _, d := range digests {
-		if err := b.suspect(context.WithoutCancel(ctx), d); err != nil {
+		was, err := b.occupied(ctx, d)
+		if err == nil {
+			err = b.suspect(ctx, d)
+		}
+		if err != nil {
 			b.m.log.Warn("a blob without a record could not be removed", "digest", d, "error", err)
+			continue
+		}
+		if _, there, err := b.size(ctx, d); err == nil && !there {
+			freed[d] = was
 		}
 	}
+	return freed
 }
 
 // settleAll removes what killed processes left: blobs with an intent that no

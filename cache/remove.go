@@ -16,7 +16,8 @@ import (
 // Removed is the outcome for one record that Remove was asked for.
 type Removed struct {
 	ID ID
-	// Freed is what its snapshot occupied, in bytes; 0 if Err is set.
+	// Freed is what its snapshot occupied, and blobs that went with it, in
+	// bytes; 0 if Err is set.
 	Freed int64
 	// Err says why the record is still there: NotFound, ErrLocked, or
 	// FailedPrecondition with its children listed.
@@ -312,7 +313,7 @@ func (r *removal) commit(ctx context.Context, order []ID) {
 		return
 	}
 	maps.Copy(r.failed, refused)
-	r.m.blobs.drop(ctx, blobs)
+	freed := r.m.blobs.drop(ctx, blobs)
 	// Parents go back before their children.
 	for _, id := range slices.Backward(order) {
 		v := r.victims[id]
@@ -320,6 +321,10 @@ func (r *removal) commit(ctx context.Context, order []ID) {
 			// Who waits for the outcome need not wait for the bytes.
 			v.leave(true)
 			v.leave = nil
+			for _, b := range v.rec.Blobs {
+				v.size += freed[b.Digest]
+				delete(freed, b.Digest)
+			}
 			continue
 		}
 		for _, p := range v.trash {
