@@ -50,8 +50,8 @@ func mutants() []mutant {
 		{"cache/reopen.go", "		next.Retain, next.RetainAfter, next.Interrupted = true, rec.Retain, true", "		next.RetainAfter, next.Interrupted = rec.Retain, true", "an interrupted record is not retained"},
 		{"cache/reopen.go", "attach: map[string][]byte{FileList: nil}", "attach: map[string][]byte{}", "a file list outlives its content"},
 		{"cache/reopen.go", "next.Size, next.Durable, next.Verified = metadata.SizeUnknown, false, false", "next.Size, next.Verified = metadata.SizeUnknown, false", "a reopened record counts as synced"},
-		{"cache/reopen.go", "	defer func() { leave(gone) }() // also if o.Edit panics", "	defer func() { leave(false) }()", "a reopened id is still known"},
-		{"cache/reopen.go", "	if unswapped {\n", "	if false {\n", "a half finalized record is reopened"},
+		{"cache/reopen.go", "	defer func() { leave(gone) }() // also if o.Edit panics", "	defer func() { leave(gone && false) }()", "a reopened id is still known"},
+		{"cache/reopen.go", "	if unswapped {\n", "	if unswapped && false {\n", "a half finalized record is reopened"},
 		{"cache/reopen.go", "		e.leaving = nil\n		m.publishLocked(e, rec)", "		m.publishLocked(e, rec)", "a continued record seems to leave for ever"},
 		// Removal and prune.
 		{"cache/remove.go", "	if p, ok := r.plan[v.e.id]; ok && p.revision != rec.Revision {", "	if p, ok := r.plan[v.e.id]; ok && p.revision > rec.Revision {", "a plan removes what has changed since"},
