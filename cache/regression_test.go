@@ -166,7 +166,7 @@ func TestLookupsBesidePrunes(t *testing.T) {
 		}
 		made.Wait()
 		close(done)
-		require.NoError(t, errors.Join(append(failures, <-errs)...))
+		require.NoError(t, errors.Join(errors.Join(failures...), <-errs))
 	})
 }
 

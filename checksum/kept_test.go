@@ -20,7 +20,7 @@ func TestKept(t *testing.T) {
 		ref := w.commit(nil, func(dir string) { manyFiles(w, dir, 5) })
 		var want string
 		require.Equal(t, reads{1, 100}, w.cost(ref, func() { want = w.sum(ref, "/") }))
-		require.Equal(t, w.fresh(ref, "/"), want)
+		require.Equal(t, want, w.fresh(ref, "/"))
 		free := func(what string) {
 			t.Helper()
 			require.Equal(t, reads{}, w.cost(ref, func() { require.Equal(t, want, w.sum(ref, "/")) }), what)

@@ -66,7 +66,7 @@ func run(only string, skip int, quick bool, out string) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(scratch)
+	defer func() { _ = os.RemoveAll(scratch) }()
 	var results []result
 	caught := 0
 	for _, m := range mutants()[skip:] {
