@@ -22,39 +22,56 @@ import (
 // is left.
 func change(t *rapid.T, root string, count *int) {
 	*count++
-	p, q := filepath.Join(root, drawName(t)), filepath.Join(root, drawName(t))
+	// Links in the tree may lead out of it, and nothing may be changed there.
+	in, err := os.OpenRoot(root)
+	require.NoError(t, err)
+	defer in.Close()
+	p, q := drawName(t), drawName(t)
 	mode := rapid.SampledFrom([]os.FileMode{0o600, 0o644, 0o755, 0o755 | os.ModeSetuid}).Draw(t, "mode")
 	switch rapid.IntRange(0, 14).Draw(t, "change") {
 	case 0, 1:
-		_ = os.MkdirAll(filepath.Dir(p), 0o755)
-		_ = os.WriteFile(p, []byte(fmt.Sprint(*count)), mode)
+		_ = in.MkdirAll(filepath.Dir(p), 0o755)
+		_ = in.WriteFile(p, []byte(fmt.Sprint(*count)), 0o600)
+		_ = in.Chmod(p, mode)
 	case 2:
-		_ = os.WriteFile(p, []byte(rapid.SampledFrom([]string{"", "1", "12"}).Draw(t, "body")), mode)
+		_ = in.WriteFile(p, []byte(rapid.SampledFrom([]string{"", "1", "12"}).Draw(t, "body")), 0o600)
+		_ = in.Chmod(p, mode)
 	case 3, 4:
-		_ = os.MkdirAll(p, 0o755)
+		_ = in.MkdirAll(p, 0o755)
 	case 5:
-		_ = os.RemoveAll(p)
+		_ = in.RemoveAll(p)
 	case 6:
-		_ = os.Remove(p)
+		_ = in.Remove(p)
 	case 7, 8:
-		_ = os.Rename(p, q)
+		_ = in.Rename(p, q)
 		if rapid.IntRange(0, 2).Draw(t, "and back") == 0 {
-			_ = os.Rename(q, p)
+			_ = in.Rename(q, p)
 		}
 	case 9:
-		_ = os.Chmod(p, mode)
+		_ = in.Chmod(p, mode)
 	case 10:
-		_ = os.Lchown(p, rapid.IntRange(0, 1).Draw(t, "uid"), -1)
+		_ = in.Lchown(p, rapid.IntRange(0, 1).Draw(t, "uid"), -1)
 	case 11:
-		_ = os.Symlink(rapid.SampledFrom([]string{"a", "/b"}).Draw(t, "target"), p)
+		_ = in.Symlink(rapid.SampledFrom([]string{"a", "/b"}).Draw(t, "target"), p)
 	case 12:
-		_ = os.Link(p, q)
+		_ = in.Link(p, q)
 	case 13:
-		_ = unix.Lsetxattr(p, "user.x", []byte(rapid.SampledFrom([]string{"", "1"}).Draw(t, "value")), 0)
+		value := []byte(rapid.SampledFrom([]string{"", "1"}).Draw(t, "value"))
+		beside(in, p, func(p string) { _ = unix.Lsetxattr(p, "user.x", value, 0) })
 	case 14:
 		kind := rapid.SampledFrom([]uint32{unix.S_IFCHR, unix.S_IFSOCK}).Draw(t, "node")
-		_ = unix.Mknod(p, kind|0o600, int(unix.Mkdev(1, 3)))
+		beside(in, p, func(p string) { _ = unix.Mknod(p, kind|0o600, int(unix.Mkdev(1, 3))) })
 	}
+}
+
+// beside calls fn with a path to name whose directory is one inside of in.
+func beside(in *os.Root, name string, fn func(path string)) {
+	dir, err := in.Open(filepath.Dir(name))
+	if err != nil {
+		return
+	}
+	defer dir.Close()
+	fn(fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(name)))
 }
 
 // TestWrittenChanges makes random changes in a mounted overlay and writes them
