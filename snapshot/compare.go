@@ -231,11 +231,13 @@ func (d *differ) settle(at string, list []change) []change {
 		at := path.Join(at, c.name)
 		c.below = d.settle(at, c.below)
 		switch {
-		case !c.same:
+		case c.gone, c.isDir() && !c.same:
 		case c.isDir():
 			if len(c.below) == 0 {
 				continue
 			}
+		case !c.same:
+			d.torn = d.torn || len(linked(d.upper, c.id(), at)) < int(c.st.Nlink)
 		default:
 			is, was := linked(d.upper, c.id(), at), linked(d.lower, c.twin, at)
 			d.torn = d.torn || len(is) < int(c.st.Nlink) || len(was) < c.twins
