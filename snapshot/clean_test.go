@@ -294,3 +294,28 @@ func TestDiffOfUnrelatedTrees(t *testing.T) {
 	require.NoError(t, d.Commit(t.Context(), "flat", "flat-w", snapshot.WithExactLayer))
 	require.Equal(t, snapshotOf(t, d, "other"), snapshotOf(t, d, "flat"))
 }
+
+// A file that differs keeps its hard links into directories that both trees
+// have from the same layer, although these are otherwise not looked into.
+func TestDiffKeepsLinksIntoSharedDirectories(t *testing.T) {
+	needRoot(t)
+	d := openWith(t, snapshot.Overlay, t.TempDir(), &steps{})
+	finalized(t, d, "base", "", func(dir string) {
+		for _, name := range []string{"shared", "other"} {
+			require.NoError(t, os.Mkdir(filepath.Join(dir, name), 0o755))
+		}
+		file(t, filepath.Join(dir, "shared", "f"), "one file")
+		require.NoError(t, os.Link(filepath.Join(dir, "shared", "f"), filepath.Join(dir, "other", "g")))
+	})
+	finalized(t, d, "child", "base", func(dir string) {
+		file(t, filepath.Join(dir, "other", "g"), "a file of its own")
+	})
+	require.NoError(t, stacker(t, d).Diff(t.Context(), "back", "child", "base"))
+	mounted(t, d, "back", true, func(dir string) {
+		f, err := os.Stat(filepath.Join(dir, "shared", "f"))
+		require.NoError(t, err)
+		g, err := os.Stat(filepath.Join(dir, "other", "g"))
+		require.NoError(t, err)
+		require.True(t, os.SameFile(f, g))
+	})
+}
