@@ -172,7 +172,7 @@ func (h *history) change() {
 		changes = append(changes, contenthash.Change{Kind: contenthash.Delete, Path: path})
 	}
 	what := rapid.SampledFrom([]string{"file", "dir", "link", "fifo", "delete", "write", "chmod", "rename", "hardlink", "xattr"}).Draw(h.T, "change")
-	if parent, err := os.Lstat(filepath.Dir(h.abs(p))); err != nil || !parent.IsDir() {
+	if !h.inDirectories(p) {
 		return
 	}
 	h.Logf("%s %s", what, p)
@@ -220,7 +220,7 @@ func (h *history) change() {
 		if !exists || to == p || isBelow(to, p) || isBelow(p, to) {
 			return
 		}
-		if parent, err := os.Lstat(filepath.Dir(h.abs(to))); err != nil || !parent.IsDir() {
+		if !h.inDirectories(to) {
 			return
 		}
 		h.Logf("to %s", to)
@@ -237,6 +237,17 @@ func (h *history) change() {
 		p = to
 	}
 	h.report(append(changes, h.now(p)...))
+}
+
+// inDirectories says whether all that lies above a path is a directory: a link
+// could lead out of the tree, where nothing is to be changed.
+func (h *history) inDirectories(path string) bool {
+	for at := filepath.Dir(path); at != "."; at = filepath.Dir(at) {
+		if fi, err := os.Lstat(h.abs(at)); err != nil || !fi.IsDir() {
+			return false
+		}
+	}
+	return true
 }
 
 func isBelow(p, dir string) bool { return len(p) > len(dir) && p[:len(dir)+1] == dir+"/" }
