@@ -108,9 +108,10 @@ func cleanKey(id ID) string { return string(id) + cleanSuffix }
 
 const cleanSuffix = "-c"
 
-// applyLayers makes the snapshot from an empty one. A layer whose blob is here
-// is applied as the blob says it, another as the difference that it made to
-// what lay below it.
+// applyLayers makes the snapshot from an empty one. A layer that was made from a
+// blob is applied as the blob says it, as only that knows what it replaced;
+// another as the difference that it made to what lay below it, of which a blob
+// that was computed may not have every attribute.
 func (x *extraction) applyLayers(ctx context.Context, list []ID) error {
 	m := x.m
 	_, stacks := m.driver.Stacker()
@@ -120,7 +121,7 @@ func (x *extraction) applyLayers(ctx context.Context, list []ID) error {
 			if err != nil {
 				return err
 			}
-			if !stacks {
+			if !stacks && rec.Verified {
 				if done, err := x.applyBlob(ctx, key, rec); done || err != nil {
 					if err != nil {
 						return fmt.Errorf("layer %s: %w", short(id), err)
