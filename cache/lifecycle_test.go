@@ -491,3 +491,22 @@ func TestAliases(t *testing.T) {
 	require.NoError(t, errors.Join(out[0].Err, out[1].Err))
 	w.gone("another")
 }
+
+// A mutable that is retained no longer dies with its handle, as one that never
+// was does.
+func TestNoLongerRetained(t *testing.T) {
+	forKinds(t, func(w *world) {
+		mut := w.new(nil, cache.NewOptions{Retain: true}, "f", "x")
+		require.NoError(w, mut.Edit(w.ctx, func(e *cache.Edit) error { e.SetRetain(false); return nil }))
+		mnt, err := mut.Mount(w.ctx, cache.MountOptions{})
+		require.NoError(w, err)
+		require.ErrorIs(w, mut.Release(w.ctx), errdefs.ErrFailedPrecondition)
+		require.NoError(w, mnt.Unmount())
+		_, err = w.Lookup(w.ctx, mut.ID())
+		require.NoError(w, err)
+		require.NoError(w, mut.Release(w.ctx))
+		_, err = w.Lookup(w.ctx, mut.ID())
+		require.ErrorIs(w, err, errdefs.ErrNotFound)
+		require.NoError(w, mut.Release(w.ctx), "again")
+	})
+}

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
@@ -81,9 +82,21 @@ func (r *MutableRef) Release(ctx context.Context) error {
 		return nil
 	}
 	if e.recorded {
+		dies := e.rec.State == metadata.Mutable && !e.rec.Retain
+		if dies && m.pool.mounted(e.id) {
+			m.unlock()
+			return stillMounted(e.id)
+		}
 		m.releaseLocked(r.h)
 		m.unlock()
-		return nil
+		if !dies {
+			return nil
+		}
+		out, err := m.Remove(context.WithoutCancel(ctx), e.id)
+		for _, r := range out {
+			err = errors.Join(err, r.Err)
+		}
+		return err
 	}
 	e.lives++
 	m.running.Add(1)
@@ -91,6 +104,10 @@ func (r *MutableRef) Release(ctx context.Context) error {
 	defer m.running.Done()
 	defer m.drop(e)
 	return m.discardMutable(ctx, r.h)
+}
+
+func stillMounted(id ID) error {
+	return fmt.Errorf("record %s is mounted: unmount it before the release: %w", short(id), errdefs.ErrFailedPrecondition)
 }
 
 // discardMutable removes the snapshot of a mutable without a record.
@@ -112,7 +129,7 @@ func (m *Manager) discardMutable(ctx context.Context, h *handle) error {
 	}
 	if m.pool.mounted(e.id) {
 		m.unlock()
-		return fmt.Errorf("record %s is mounted: unmount it before the release: %w", short(e.id), errdefs.ErrFailedPrecondition)
+		return stillMounted(e.id)
 	}
 	key := e.rec.Key
 	m.dropHandleLocked(h)
