@@ -50,10 +50,15 @@ func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
 	info := b.DB().Info()
 	size := uint64(info.PageSize)
 	t := &tree{src: mapped(b, info), pageSize: size, used: uint64(b.Size()) / size, root: uint64(b.Cursor().Bucket().Root())}
+	// A writing transaction goes by the pages of the one before it.
+	txid := uint64(b.ID())
 	if b.Writable() {
-		t.checked = map[uint64]struct{}{}
+		txid--
 	}
-	if h != nil {
+	if h == nil {
+		t.checked = newCheckedPages(txid, t.used)
+	} else {
+		t.checked = h.checkedPages(txid, t.used)
 		// Nobody has committed if this is there after the begin.
 		if free := h.free.Load(); free != nil {
 			t.free = *free

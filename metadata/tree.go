@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"sort"
+	"sync/atomic"
 )
 
 // tree reads the rows of one state of the file, from its pages. It looks at
@@ -16,9 +17,8 @@ type tree struct {
 	pageSize uint64
 	used     uint64
 	root     uint64
-	// checked, if not nil, holds pages that have been looked at: nothing
-	// changes them as long as this state can be read.
-	checked map[uint64]struct{}
+	// checked, if not nil, holds pages that have been looked at.
+	checked *checkedPages
 	// free, if not nil, are pages that are known not to be in use.
 	free map[uint64]struct{}
 	// passOver makes walks pass over what is damaged, and look-ups find
@@ -64,16 +64,36 @@ func (t *tree) page(id uint64, from, to []byte) (page, error) {
 	if p.b, err = t.src.bytes(id*t.pageSize, (p.more+1)*t.pageSize); err != nil {
 		return page{}, badPage(id, "%v", err)
 	}
-	if _, ok := t.checked[id]; ok {
+	if t.checked.has(id) {
 		return p, nil
 	}
 	if err := p.check(from, to); err != nil {
 		return page{}, err
 	}
-	if t.checked != nil {
-		t.checked[id] = struct{}{}
-	}
+	t.checked.add(id)
 	return p, nil
+}
+
+// checkedPages are the pages of one state of the file that have been looked
+// at: nothing changes them as long as this state can be read, so all who read
+// it share them.
+type checkedPages struct {
+	txid uint64 // of the transaction that made the state
+	bits []atomic.Uint64
+}
+
+func newCheckedPages(txid, pages uint64) *checkedPages {
+	return &checkedPages{txid: txid, bits: make([]atomic.Uint64, pages/64+1)}
+}
+
+func (c *checkedPages) has(id uint64) bool {
+	return c != nil && c.bits[id/64].Load()&(1<<(id%64)) != 0
+}
+
+func (c *checkedPages) add(id uint64) {
+	if c != nil {
+		c.bits[id/64].Or(1 << (id % 64))
+	}
 }
 
 // bucketRoot is where the rows of a bucket are.
