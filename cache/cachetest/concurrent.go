@@ -46,7 +46,7 @@ func RunConcurrent(t *testing.T, open Opener, o Options) {
 		seed := r.Seed + uint64(n)
 		events := r.concurrently(seed)
 		operations += len(events)
-		switch result, info := porcupine.CheckOperationsVerbose(linear(), events, time.Second); result {
+		switch result, info := porcupine.CheckOperationsVerbose(linear(), events, 10*time.Second); result {
 		case porcupine.Unknown:
 			void++
 		case porcupine.Illegal:
