@@ -31,7 +31,7 @@ const (
 // find for each an order of its operations, one after the other, in which they
 // end as the model says, and in which nothing moves before an operation that had
 // ended when it began: the cache is linearizable. A history whose order is not
-// found in a second is void; more than one in a hundred fail the test.
+// found in ten seconds is void; more than one in a hundred fail the test.
 //
 // A prune is no single moment: each removal is, between its begin and its end.
 func RunConcurrent(t *testing.T, open Opener, o Options) {
