@@ -126,10 +126,16 @@ func (a *adapted) discard(ctx context.Context, key string) (parent string, err e
 	}
 	err = a.s.Remove(ctx, key)
 	if errdefs.IsFailedPrecondition(err) {
+		// Told before it is looked for: a child that goes meanwhile takes its
+		// parent along, or is gone when the second attempt is made.
+		a.doom(key, true)
 		live, detached, walkErr := a.children(ctx, key)
 		if walkErr == nil && live == "" && detached {
-			a.doom(key, true)
 			return "", nil
+		}
+		a.doom(key, false)
+		if walkErr == nil && live == "" {
+			err = a.s.Remove(ctx, key)
 		}
 		err = errors.Join(err, walkErr)
 	}
