@@ -194,8 +194,11 @@ func (b *blobStore) occupied(ctx context.Context, d digest.Digest) (int64, error
 		return size, err
 	}
 	var st unix.Stat_t
-	if err := unix.Stat(b.path(d), &st); err != nil {
-		return 0, nil //nolint:nilerr // it went meanwhile
+	switch err := unix.Stat(b.path(d), &st); {
+	case errors.Is(err, unix.ENOENT):
+		return 0, nil // it went meanwhile
+	case err != nil:
+		return 0, fmt.Errorf("size of blob %s: %w", d, err)
 	}
 	return st.Blocks * 512, nil
 }
