@@ -22,18 +22,35 @@ type stage struct {
 	env  []string
 }
 
+// near are the tests of a file of package cache that take a second or two and
+// are about what it does, by the beginnings of their names.
+var near = map[string]string{
+	"cache/commit.go":     "TestCommit|TestLife|TestHandles|TestMutableWithout",
+	"cache/reopen.go":     "TestReopen|TestInterrupted|TestHalf|TestOfTwo",
+	"cache/remove.go":     "TestVictims|TestSettleR|TestParent|TestRemoval",
+	"cache/prune.go":      "TestPrune$|TestPruneOf|TestCancelled|TestSpace",
+	"cache/hold.go":       "TestA(Writer|Reader)In|TestHold|TestDetached|TestFinalizeIs",
+	"cache/settle.go":     "TestSettle|TestMarks",
+	"cache/settledrop.go": "TestSettle",
+	"cache/marks.go":      "TestMarks|TestTheMark|TestOpening",
+	"cache/manager.go":    "TestMarks|TestClose|TestHalf",
+}
+
 // stagesOf are the tests that should catch a mutant of a package.
 func stagesOf(file string) (pkg string, stages []stage) {
 	switch dir := filepath.Dir(file); dir {
 	case "cache":
-		return "./cache", []stage{
+		if tests := near[file]; tests != "" {
+			stages = []stage{{"tests nearby", []string{"-test.failfast", "-test.run", "^(" + tests + ")"}, nil}}
+		}
+		return "./cache", append(stages, []stage{
 			{"histories", []string{"-test.run", "^TestHistories$/^memory$"}, []string{"LAMINA_HISTORIES=150"}},
 			{"concurrent histories", []string{"-test.run", "^TestLinearizable$"}, nil},
 			{"tests of states", []string{"-test.failfast", "-test.run", "^(TestSettle|TestMarks|TestHold|TestHalf|TestReopen|TestMounts|TestPrune|TestFinalize|TestLife|TestFailed|TestSecondHandle|TestDetached|TestAWriter)"}, nil},
 			{"tests of the package", []string{"-test.failfast", "-test.skip", "^(TestHistories|TestLinearizable|TestCrashAtEveryStep|TestEvery.*|TestKilled.*)$"}, nil},
 			{"every failure", []string{"-test.failfast", "-test.run", "^TestEvery.*$"}, nil},
 			{"every crash", []string{"-test.failfast", "-test.run", "^TestCrashAtEveryStep$"}, nil},
-		}
+		}...)
 	default:
 		return "./" + dir, []stage{{"tests of the package", []string{"-test.failfast"}, nil}}
 	}
@@ -47,67 +64,116 @@ type result struct {
 	CaughtBy string `json:"caught_by"`
 	// Test is the first test that failed.
 	Test string `json:"test,omitempty"`
+	// Reason is why one survives. People write it; another run keeps it.
+	Reason string `json:"reason,omitempty"`
 }
 
 func main() {
 	only := flag.String("only", "", "only mutants whose file or description has this text")
-	skip := flag.Int("skip", 0, "leave out the first mutants of the list")
+	fresh := flag.Bool("new", false, "only mutants that the file of -o has no result of")
 	quick := flag.Bool("quick", false, "leave out the tests that take minutes")
-	out := flag.String("o", "", "write the results into this file, as JSON")
+	out := flag.String("o", "", "keep the results in this file, as JSON, with those that it has of other mutants")
 	flag.Parse()
-	if err := run(*only, *skip, *quick, *out); err != nil {
+	if err := run(*only, *fresh, *quick, *out); err != nil {
 		fmt.Fprintln(os.Stderr, "mutate:", err)
 		os.Exit(1)
 	}
 }
 
-func run(only string, skip int, quick bool, out string) error {
+func run(only string, fresh, quick bool, out string) error {
 	scratch, err := os.MkdirTemp("", "lamina-mutate-")
 	if err != nil {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(scratch) }()
-	var results []result
-	caught := 0
-	for _, m := range mutants()[skip:] {
-		if !strings.Contains(m.file+" "+m.breaks, only) {
+	known, err := read(out)
+	if err != nil {
+		return err
+	}
+	tried, caught, void := 0, 0, 0
+	for _, m := range mutants() {
+		if _, has := known[m.id()]; fresh && has || !strings.Contains(m.id(), only) {
 			continue
 		}
 		r, err := try(scratch, m, quick)
 		if errors.Is(err, errNoMutant) {
-			fmt.Println(m.file, m.breaks, err)
+			fmt.Printf("%s: %v\n", m.id(), err)
+			void++
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %s: %w", m.file, m.breaks, err)
+			return fmt.Errorf("%s: %w", m.id(), err)
 		}
-		results = append(results, r)
+		tried++
 		if r.CaughtBy != "" {
 			caught++
 		}
-		fmt.Printf("%s: %s: caught by: %s %s\n", r.File, r.Breaks, r.CaughtBy, r.Test)
-		if err := write(out, results); err != nil {
+		fmt.Printf("%s: caught by: %s %s\n", m.id(), r.CaughtBy, r.Test)
+		if err := keep(out, r); err != nil {
 			return err
 		}
 	}
-	fmt.Printf("%d of %d mutants caught\n", caught, len(results))
+	fmt.Printf("%d of %d mutants caught\n", caught, tried)
+	if void > 0 {
+		return fmt.Errorf("%d of the list could not be made: the code has changed under them", void)
+	}
 	return nil
 }
 
-func write(out string, results []result) error {
-	if out == "" {
+// id names a mutant.
+func (m mutant) id() string { return m.file + ": " + m.breaks }
+
+// read gives the results of earlier runs.
+func read(file string) (map[string]result, error) {
+	known := map[string]result{}
+	text, err := os.ReadFile(file)
+	if file == "" || errors.Is(err, os.ErrNotExist) {
+		return known, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var list []result
+	if err := json.Unmarshal(text, &list); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	for _, r := range list {
+		known[mutant{file: r.File, breaks: r.Breaks}.id()] = r
+	}
+	return known, nil
+}
+
+// keep writes one more result, in the order of the list. Results of what is no
+// longer in the list go.
+func keep(file string, r result) error {
+	if file == "" {
 		return nil
 	}
-	text, err := json.MarshalIndent(results, "", "\t")
+	known, err := read(file)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(out, append(text, '\n'), 0o644)
+	id := mutant{file: r.File, breaks: r.Breaks}.id()
+	if r.CaughtBy == "" {
+		r.Reason = known[id].Reason
+	}
+	known[id] = r
+	var list []result
+	for _, m := range mutants() {
+		if r, has := known[m.id()]; has {
+			list = append(list, r)
+		}
+	}
+	text, err := json.MarshalIndent(list, "", "\t")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, append(text, '\n'), 0o644)
 }
 
-// errNoMutant says that the list must be mended: what does not compile is no
+// errNoMutant says that the list must be mended: what cannot be made is no
 // mutant, and counts for nothing.
-var errNoMutant = errors.New("it does not compile")
+var errNoMutant = errors.New("not a mutant")
 
 // try builds the tests with the mutant in place of the file and runs them.
 func try(scratch string, m mutant, quick bool) (result, error) {
@@ -117,7 +183,7 @@ func try(scratch string, m mutant, quick bool) (result, error) {
 		return r, err
 	}
 	if n := strings.Count(string(text), m.old); n != 1 {
-		return r, fmt.Errorf("its text stands in the file %d times", n)
+		return r, fmt.Errorf("%w: its text stands in the file %d times", errNoMutant, n)
 	}
 	mutated := filepath.Join(scratch, "mutated.go")
 	if err := os.WriteFile(mutated, []byte(strings.Replace(string(text), m.old, m.new, 1)), 0o600); err != nil {
@@ -139,7 +205,7 @@ func try(scratch string, m mutant, quick bool) (result, error) {
 	binary := filepath.Join(scratch, "tests")
 	build := exec.CommandContext(context.Background(), "go", "test", "-c", "-vet=off", "-tags", "invariants", "-overlay", overlayFile, "-o", binary, pkg)
 	if text, err := build.CombinedOutput(); err != nil {
-		return r, fmt.Errorf("%w: %w\n%s", errNoMutant, err, text)
+		return r, fmt.Errorf("%w: it does not compile: %w\n%s", errNoMutant, err, text)
 	}
 	if quick {
 		stages = stages[:min(3, len(stages))]
