@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	ctdmetadata "github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -54,7 +55,8 @@ func Opener() bench.Opener {
 
 type subject struct {
 	cache.Manager
-	store *metadata.Store
+	store   *metadata.Store
+	content content.Store
 	// closers run after the manager's Close, last first.
 	closers []func() error
 }
@@ -90,16 +92,16 @@ func open(ctx context.Context, root string) (_ *subject, err error) {
 	if s.store, err = metadata.NewStore(filepath.Join(root, "metadata_v2.db")); err != nil {
 		return nil, err
 	}
-	content := containerdsnapshot.NewContentStore(mdb.ContentStore(), namespace)
+	s.content = containerdsnapshot.NewContentStore(mdb.ContentStore(), namespace)
 	leases := leaseutil.WithNamespace(ctdmetadata.NewLeaseManager(mdb), namespace)
 	s.Manager, err = cache.NewManager(cache.ManagerOpt{
 		Snapshotter:     containerdsnapshot.NewSnapshotter(driver, mdb.Snapshotter(driver), namespace, nil),
-		ContentStore:    content,
+		ContentStore:    s.content,
 		LeaseManager:    leases,
-		PruneRefChecker: imagerefchecker.New(imagerefchecker.Opt{ContentStore: content}),
+		PruneRefChecker: imagerefchecker.New(imagerefchecker.Opt{ContentStore: s.content}),
 		GarbageCollect:  mdb.GarbageCollect,
-		Applier:         winlayers.NewFileSystemApplierWithWindows(content, apply.NewFileSystemApplier(content)),
-		Differ:          winlayers.NewWalkingDiffWithWindows(content, walking.NewWalkingDiff(content)),
+		Applier:         winlayers.NewFileSystemApplierWithWindows(s.content, apply.NewFileSystemApplier(s.content)),
+		Differ:          winlayers.NewWalkingDiffWithWindows(s.content, walking.NewWalkingDiff(s.content)),
 		MetadataStore:   s.store,
 		Root:            root,
 		MountPoolRoot:   filepath.Join(root, "cachemounts"),

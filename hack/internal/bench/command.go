@@ -49,9 +49,9 @@ type commands struct {
 	turn   int
 }
 
-// missing says why an operation of the command cannot be measured, if so.
+// missing says why an operation cannot be measured, if so.
 func (c *Config) missing(op operation) string {
-	if c.Command == "" {
+	if op.ours != nil && c.Command == "" {
 		return "there is no command to measure"
 	}
 	if _, err := exec.LookPath(op.tool); op.tool != "" && err != nil {

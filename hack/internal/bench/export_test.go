@@ -5,3 +5,6 @@ var (
 	Transactions = transactions
 	WithLoopDisk = withLoopDisk
 )
+
+// MemoryDir is memoryDir.
+var MemoryDir = memoryDir

@@ -80,6 +80,20 @@ func (f *fake) Used(context.Context) (int64, error) { return 0, nil }
 
 func (f *fake) List(context.Context) (int, error) { return 0, nil }
 
+func (f *fake) PutBlob(context.Context, bench.LayerBlob) error { return nil }
+
+func (f *fake) GetByBlob(ctx context.Context, _ bench.LayerBlob, _ bench.Immutable) (bench.Immutable, error) {
+	return f.Merge(ctx, nil)
+}
+
+func (f *fake) Merge(context.Context, []bench.Immutable) (bench.Immutable, error) {
+	return fakeImm("merge"), nil
+}
+
+func (f *fake) Diff(ctx context.Context, _, _ bench.Immutable) (bench.Immutable, error) {
+	return f.Merge(ctx, nil)
+}
+
 func (f *fake) Close() error { return nil }
 
 type (
@@ -97,6 +111,9 @@ func (i fakeImm) ReopenID() string                            { return string(i)
 func (i fakeImm) Finalize(context.Context) error              { return nil }
 func (i fakeImm) SetValue(context.Context, bench.Value) error { return nil }
 func (i fakeImm) Release(context.Context) error               { return nil }
+
+func (i fakeImm) Extract(context.Context) error    { return nil }
+func (i fakeImm) Blob(context.Context, bool) error { return nil }
 
 func (i fakeImm) Checksum(context.Context) (string, error)           { return "digest", nil }
 func (i fakeImm) ForgetChecksum(context.Context, bool) error         { return nil }

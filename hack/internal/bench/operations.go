@@ -29,6 +29,8 @@ type operation struct {
 	// everySize says that it is measured on each size of the state; others
 	// are measured on the largest only.
 	everySize bool
+	// footprint says that what it leaves on the disk is counted.
+	footprint bool
 	// ownOnly says that the peer has no such operation.
 	ownOnly bool
 	// prepare does what is not measured and returns what is. after undoes
@@ -38,10 +40,10 @@ type operation struct {
 	// leaves nothing of them.
 	destroys bool
 	// ours and against stand for prepare and limit where the command itself is
-	// measured, against is what it is compared with, and tool the program that
-	// this needs.
+	// measured; against is what it is compared with.
 	ours, against func(ctx context.Context, t *commands, n int) (sample, error)
-	tool          string
+	// tool is a program that it needs, if any.
+	tool string
 	// limit is the same for the least that the disk and the kernel must do.
 	limit func(ctx context.Context, l *limits, n int) (sample, error)
 }
@@ -52,7 +54,7 @@ type sample struct{ run, after func(context.Context) error }
 // operations lists all, in the order in which they are measured. Names are
 // part of what --json promises.
 func operations() []operation {
-	return slices.Concat(lifeOperations(), checksumOperations(), commandOperations(), usageOperations(), migrationOperations(), []operation{{name: besidePrune, destroys: true}})
+	return slices.Concat(lifeOperations(), checksumOperations(), layerOperations(), commandOperations(), usageOperations(), migrationOperations(), []operation{{name: besidePrune, destroys: true}})
 }
 
 // lifeOperations are those on single records.

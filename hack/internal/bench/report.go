@@ -6,8 +6,10 @@ import (
 	"io"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/jedib0t/go-pretty/v6/text"
 )
@@ -40,7 +42,25 @@ type line struct {
 	Syncs     *float64 `json:"syncs"`
 	PeerTx    *float64 `json:"peer_tx"`
 	PeerSyncs *float64 `json:"peer_syncs"`
-	Note      string   `json:"note"`
+	// Made, PeerMade and LimitMade are what one operation left on the disk.
+	Made      *made  `json:"made"`
+	PeerMade  *made  `json:"peer_made"`
+	LimitMade *made  `json:"limit_made"`
+	Note      string `json:"note"`
+}
+
+// made is a Footprint in JSON: files, further names of them, and bytes.
+type made struct {
+	Inodes int64 `json:"inodes"`
+	Links  int64 `json:"links"`
+	Bytes  int64 `json:"bytes"`
+}
+
+func madeOf(f *Figure) *made {
+	if f == nil || f.Made == nil {
+		return nil
+	}
+	return (*made)(f.Made)
 }
 
 // writeJSON writes a result as one object on a line of its own.
@@ -49,6 +69,7 @@ func writeJSON(out io.Writer, r Result) error {
 	l.Ours, l.Tx, l.Syncs = fields(r.of(Ours))
 	l.Peer, l.PeerTx, l.PeerSyncs = fields(r.of(Peer))
 	l.Limit, _, _ = fields(r.of(Limit))
+	l.Made, l.PeerMade, l.LimitMade = madeOf(r.of(Ours)), madeOf(r.of(Peer)), madeOf(r.of(Limit))
 	l.RatioPeer = ratio(l.Ours, l.Peer)
 	l.RatioLimit = ratio(l.Ours, l.Limit)
 	return json.NewEncoder(out).Encode(l)
@@ -127,12 +148,28 @@ func writeTable(out io.Writer, results []Result) {
 	}
 	t.Render()
 	fmt.Fprintln(out)
+	writeMade(out, results)
 	noted := ""
 	for _, r := range results {
 		if r.Note != "" && r.Name != noted {
 			fmt.Fprintf(out, "%s: %s\n", r.Name, r.Note)
 		}
 		noted = r.Name
+	}
+}
+
+// writeMade says what operations left on the disk, where that was looked at.
+func writeMade(out io.Writer, results []Result) {
+	for _, r := range results {
+		var all []string
+		for _, f := range r.Figures {
+			if f.Made != nil {
+				all = append(all, fmt.Sprintf("%s %d inodes, %d links, %s", f.Subject, f.Made.Inodes, f.Made.Links, humanize.IBytes(uint64(max(f.Made.Bytes, 0)))))
+			}
+		}
+		if len(all) > 0 {
+			fmt.Fprintf(out, "%s, n = %d, made: %s\n", r.Name, r.N, strings.Join(all, "; "))
+		}
 	}
 }
 

@@ -76,6 +76,9 @@ type Figure struct {
 	Transactions float64
 	Syncs        *float64
 	Samples      int
+	// Made is what one operation left on the disk, nil if that was not looked
+	// at.
+	Made *Footprint
 }
 
 // Run measures and hands each result to report as soon as it is there. The
@@ -122,7 +125,9 @@ func choose(only []string) ([]operation, error) {
 
 // contender is what stands in one column of the results.
 type contender struct {
-	name      string
+	name string
+	// dir is where it keeps what it makes.
+	dir       string
 	databases []string
 	prepare   func(ctx context.Context, op operation, n int) (sample, error)
 }
@@ -143,6 +148,7 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 	for _, w := range worlds {
 		all = append(all, contender{
 			name:      w.opener.Name,
+			dir:       w.dir,
 			databases: w.opener.Databases(w.dir),
 			prepare: func(ctx context.Context, op operation, n int) (sample, error) {
 				return op.prepare(ctx, w, n)
@@ -157,6 +163,7 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 		defer func() { err = errors.Join(err, l.close()) }()
 		all = append(all, contender{
 			name: Limit,
+			dir:  l.dir,
 			prepare: func(ctx context.Context, op operation, n int) (sample, error) {
 				return op.limit(ctx, l, n)
 			},
@@ -183,13 +190,13 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 			continue
 		}
 		contenders := all
-		if op.ours != nil {
-			if why := c.missing(op); why != "" {
-				if c.Skipped != nil {
-					c.Skipped(op.name, why)
-				}
-				continue
+		if why := c.missing(op); why != "" {
+			if c.Skipped != nil {
+				c.Skipped(op.name, why)
 			}
+			continue
+		}
+		if op.ours != nil {
 			contenders = tools.contenders(c.Limits)
 		}
 		ns := op.ns
@@ -250,6 +257,7 @@ const fewest = 3
 // measure runs the rounds of one operation; the first ones are not counted.
 func (c *Config) measure(ctx context.Context, op operation, n int, all []contender) (Result, error) {
 	costs := make([][]cost, len(all))
+	made := make([]*Footprint, len(all))
 	warmup, rounds := 2, c.Rounds
 	if op.rounds > 0 {
 		// One run of these is many operations.
@@ -266,7 +274,13 @@ func (c *Config) measure(ctx context.Context, op operation, n int, all []contend
 			if err := ctx.Err(); err != nil {
 				return Result{}, err
 			}
-			took, err := c.sample(ctx, op, n, all[at])
+			// What is made is counted where no time is taken.
+			var left *Footprint
+			if op.footprint && round == warmup-1 {
+				left = &Footprint{}
+				made[at] = left
+			}
+			took, err := c.sample(ctx, op, n, all[at], left)
 			if err != nil {
 				return Result{}, fmt.Errorf("%s: %w", all[at].name, err)
 			}
@@ -281,18 +295,26 @@ func (c *Config) measure(ctx context.Context, op operation, n int, all []contend
 		if c.Syncs == nil {
 			f.Syncs = nil
 		}
+		f.Made = made[i]
 		r.Figures = append(r.Figures, f)
 	}
 	return r, nil
 }
 
-// sample runs an operation's batch once and returns what one operation took.
-func (c *Config) sample(ctx context.Context, op operation, n int, who contender) (cost, error) {
+// sample runs an operation's batch once and returns what one operation took. If
+// left is not nil, it is set to what the last of the batch made.
+func (c *Config) sample(ctx context.Context, op operation, n int, who contender, left *Footprint) (cost, error) {
 	var sum cost
 	for range op.batch {
 		s, err := who.prepare(ctx, op, n)
 		if err != nil {
 			return cost{}, fmt.Errorf("prepare: %w", err)
+		}
+		var was Footprint
+		if left != nil {
+			if was, err = footprint(who.dir); err != nil {
+				return cost{}, err
+			}
 		}
 		before, err := c.count(who)
 		if err != nil {
@@ -310,6 +332,13 @@ func (c *Config) sample(ctx context.Context, op operation, n int, who contender)
 		}
 		sum.transactions += after.transactions - before.transactions
 		sum.syncs += after.syncs - before.syncs
+		if left != nil {
+			now, err := footprint(who.dir)
+			if err != nil {
+				return cost{}, err
+			}
+			*left = now.minus(was)
+		}
 		if s.after == nil {
 			continue
 		}

@@ -47,6 +47,16 @@ type Subject interface {
 	Used(ctx context.Context) (int64, error)
 	// List lists all records with their sizes, and says how many there are.
 	List(ctx context.Context) (records int, err error)
+	// PutBlob puts a layer's blob into the content store.
+	PutBlob(ctx context.Context, b LayerBlob) error
+	// GetByBlob gives the record of a layer over parent, which may be nil,
+	// without extracting it. It finds a provider for the blob if it wants one.
+	// What it makes, and what Merge and Diff make, are victims.
+	GetByBlob(ctx context.Context, b LayerBlob, parent Immutable) (Immutable, error)
+	// Merge gives the record of the inputs one above the other.
+	Merge(ctx context.Context, inputs []Immutable) (Immutable, error)
+	// Diff gives the record of what upper has more than lower.
+	Diff(ctx context.Context, lower, upper Immutable) (Immutable, error)
 	// Close waits for all that is under way.
 	Close() error
 }
@@ -76,6 +86,11 @@ type Immutable interface {
 	Finalize(ctx context.Context) error
 	SetValue(ctx context.Context, v Value) error
 	Release(ctx context.Context) error
+
+	// Extract makes the snapshots of the record and of what it is made of.
+	Extract(ctx context.Context) error
+	// Blob makes the blob of each layer that has none.
+	Blob(ctx context.Context, gzip bool) error
 
 	// Checksum is the content hash of the whole tree.
 	Checksum(ctx context.Context) (string, error)

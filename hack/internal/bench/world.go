@@ -27,6 +27,9 @@ type world struct {
 	depths map[int]string
 	// trees are finalized records with many files, by their number, held.
 	trees map[int]Immutable
+	// inputs are records to be merged, child one of base's, held.
+	inputs []Immutable
+	child  Immutable
 	// turn picks another record for each sample.
 	turn int
 }
@@ -225,6 +228,12 @@ func (w *world) close(ctx context.Context) error {
 	var err error
 	for _, imm := range w.trees {
 		err = errors.Join(err, imm.Release(ctx))
+	}
+	for _, imm := range w.inputs {
+		err = errors.Join(err, imm.Release(ctx))
+	}
+	if w.child != nil {
+		err = errors.Join(err, w.child.Release(ctx))
 	}
 	if w.base != nil {
 		err = errors.Join(err, w.base.Release(ctx))

@@ -4,6 +4,7 @@ package ours
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 
 	"github.com/lamina-build/lamina/cache"
@@ -11,6 +12,7 @@ import (
 	"github.com/lamina-build/lamina/checksum"
 	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/hack/internal/bench"
+	"github.com/lamina-build/lamina/layer"
 )
 
 // Opener opens Lamina as a daemon would: the store stays open, and mounts are
@@ -121,6 +123,50 @@ func (s *subject) List(ctx context.Context) (int, error) {
 	return len(u.Entries), nil
 }
 
+func (s *subject) PutBlob(ctx context.Context, b bench.LayerBlob) error {
+	w, err := s.m.BlobWriter(ctx)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(b.Path)
+	if err != nil {
+		return errors.Join(err, w.Release())
+	}
+	return errors.Join(w.Put(ctx, b.Descriptor, f), f.Close(), w.Release())
+}
+
+func (s *subject) GetByBlob(ctx context.Context, b bench.LayerBlob, parent bench.Immutable) (bench.Immutable, error) {
+	var p *cache.ImmutableRef
+	if parent != nil {
+		p = parent.(immutable).ref
+	}
+	ref, err := s.m.GetByBlob(ctx, b.Descriptor, p, cache.BlobOptions{Description: bench.Victims})
+	if err != nil {
+		return nil, err
+	}
+	return immutable{s, ref}, nil
+}
+
+func (s *subject) Merge(ctx context.Context, inputs []bench.Immutable) (bench.Immutable, error) {
+	refs := make([]*cache.ImmutableRef, len(inputs))
+	for i, in := range inputs {
+		refs[i] = in.(immutable).ref
+	}
+	ref, err := s.m.Merge(ctx, refs, cache.MergeOptions{Description: bench.Victims})
+	if err != nil {
+		return nil, err
+	}
+	return immutable{s, ref}, nil
+}
+
+func (s *subject) Diff(ctx context.Context, lower, upper bench.Immutable) (bench.Immutable, error) {
+	ref, err := s.m.Diff(ctx, lower.(immutable).ref, upper.(immutable).ref, cache.MergeOptions{Description: bench.Victims})
+	if err != nil {
+		return nil, err
+	}
+	return immutable{s, ref}, nil
+}
+
 // Close marks what was made as durable first, as a daemon has long done in the
 // background with a state of some age.
 func (s *subject) Close() error {
@@ -173,6 +219,20 @@ func (i immutable) SetValue(ctx context.Context, v bench.Value) error {
 }
 
 func (i immutable) Release(ctx context.Context) error { return i.ref.Release(ctx) }
+
+func (i immutable) Extract(ctx context.Context) error { return i.ref.Extract(ctx) }
+
+func (i immutable) Blob(ctx context.Context, gzip bool) error {
+	c := cache.Compression{Algorithm: layer.None}
+	if gzip {
+		c.Algorithm = layer.Gzip
+	}
+	remote, err := i.ref.GetRemotes(ctx, cache.RemotesOptions{Create: true, Compression: c})
+	if err != nil {
+		return err
+	}
+	return remote.Release(ctx)
+}
 
 func (i immutable) Checksum(ctx context.Context) (string, error) {
 	d, err := i.s.sums.Checksum(ctx, i.ref, "/", contenthash.Options{})
