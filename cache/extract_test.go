@@ -3,6 +3,7 @@ package cache_test
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"sync"
@@ -326,4 +327,43 @@ func must[T any](v T, err error) T {
 		panic(err)
 	}
 	return v
+}
+
+// The blob of two layers is fetched for both at once: the one that is later
+// finds that it is there.
+func TestOneBlobIsFetchedForTwoLayersAtOnce(t *testing.T) {
+	for _, k := range []kind{overlayKind, nativeKind} {
+		t.Run(k.name, func(t *testing.T) {
+			needRoot(t)
+			var other func() error
+			w := newWorldIn(t, k, filepath.Join(t.TempDir(), "store"), func(name string) error {
+				if do := other; name == "blob ingest" && do != nil {
+					other = nil
+					return do()
+				}
+				return nil
+			})
+			b := pack(w, layer.Gzip, layerTar(w, file{name: "a", text: "1"}))
+			r := newRegistry(b)
+			base := w.sh(nil, "write b 2")
+			one, two := w.byBlob(b, nil, r), w.byBlob(b, base, r)
+			other = func() error { return one.Extract(w.ctx) }
+			require.NoError(t, two.Extract(w.ctx))
+			require.Nil(t, other)
+			require.EqualValues(t, 2, r.reads.Load())
+			require.Equal(t, "a=1 b=2", w.tree(two))
+			require.Len(t, w.stored(), 1)
+			require.True(t, two.Record().Blobs[0].Stored)
+			w.nothingLeft()
+
+			// It stays until the last that names it goes.
+			w.release(one, two, base)
+			out, err := w.Remove(w.ctx, one.ID())
+			require.NoError(t, errors.Join(err, out[0].Err))
+			require.Len(t, w.stored(), 1)
+			out, err = w.Remove(w.ctx, two.ID())
+			require.NoError(t, errors.Join(err, out[0].Err))
+			require.Empty(t, w.stored())
+		})
+	}
 }

@@ -70,7 +70,7 @@ func (x *extraction) fill(ctx context.Context, key string, src source) (err erro
 	raw := sequential(ctx, ra)
 	var in *ingest
 	if !src.stored {
-		if in, err = x.m.blobs.ingest(ctx, src.descriptor()); err != nil {
+		if in, err = x.m.blobs.ingest(ctx); err != nil {
 			return err
 		}
 		raw = io.TeeReader(raw, in)

@@ -9,7 +9,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // ingest is a blob that is being written. It ends with publish or abort.
@@ -19,9 +18,9 @@ type ingest struct {
 	w   content.Writer
 }
 
-// ingest begins to write a blob. With the digest of desc the store may say at
-// once, by AlreadyExists, that it has it.
-func (b *blobStore) ingest(ctx context.Context, desc ocispec.Descriptor) (*ingest, error) {
+// ingest begins to write a blob. The store is not told which: if somebody else
+// writes the same one, publish finds it there.
+func (b *blobStore) ingest(ctx context.Context) (*ingest, error) {
 	s, err := b.open()
 	if err != nil {
 		return nil, err
@@ -35,7 +34,7 @@ func (b *blobStore) ingest(ctx context.Context, desc ocispec.Descriptor) (*inges
 	}
 	// A name of its own: what an earlier attempt left is not continued.
 	i := &ingest{b: b, ref: b.label + "-" + rand.Text()}
-	i.w, err = s.Writer(ctx, content.WithRef(i.ref), content.WithDescriptor(desc))
+	i.w, err = s.Writer(ctx, content.WithRef(i.ref))
 	if err != nil {
 		return nil, fmt.Errorf("write blob: %w", fullDisk(err))
 	}

@@ -222,7 +222,7 @@ func (b *blobbing) make(ctx context.Context) (desc ocispec.Descriptor, err error
 			return descriptor(rec, &src.blob), err
 		}
 	}
-	in, err := m.blobs.ingest(ctx, ocispec.Descriptor{})
+	in, err := m.blobs.ingest(ctx)
 	if err != nil {
 		return desc, err
 	}

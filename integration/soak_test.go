@@ -1,0 +1,216 @@
+package integration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	digest "github.com/opencontainers/go-digest"
+	"github.com/stretchr/testify/require"
+
+	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/cache/policy"
+	"github.com/lamina-build/lamina/checksum"
+	"github.com/lamina-build/lamina/contenthash"
+)
+
+// weight is what a process and its store weigh when nobody is at work.
+type weight struct {
+	files, mounts, goroutines int
+	// blobs is what the directories of a content store take without blobs.
+	heap, database, blobs int64
+}
+
+// soak is a store under load.
+type soak struct {
+	testing.TB
+	*load
+	ctx context.Context
+	// failed is what the background met.
+	failed chan error
+}
+
+func newSoak(t testing.TB, driver string) *soak {
+	s := &soak{TB: t, ctx: context.Background(), failed: make(chan error, 1)}
+	m, err := cache.Open(s.ctx, cache.Options{
+		Root: filepath.Join(t.TempDir(), "store"), DriverName: driver, Unconfirm: contenthash.UnconfirmStored,
+		SyncInterval: time.Second, FlushInterval: time.Second,
+		Collect: &cache.CollectOptions{
+			Policies: []policy.Policy{{All: true, MaxUsed: policy.Bytes(2 << 20), Target: policy.Bytes(1 << 20)}},
+			OnCollected: func(_ string, _ cache.Pruned, err error) {
+				if err != nil {
+					s.failed <- err
+				}
+			},
+		},
+	})
+	require.NoError(t, err)
+	s.load = &load{
+		Manager: m, sums: checksum.New(m, checksum.Options{}), layers: newLayers(t, 6),
+		digests: map[cache.ID]digest.Digest{}, done: map[string]int{},
+	}
+	return s
+}
+
+// round has all workers do some deeds at once.
+func (s *soak) round(seed uint64, number int) {
+	s.Helper()
+	const workers, deedsEach = 8, 25
+	errs := make([]error, workers)
+	var group sync.WaitGroup
+	for i := range workers {
+		group.Go(func() {
+			rng := rand.New(rand.NewPCG(seed, uint64(number*workers+i)))
+			for range deedsEach {
+				d := soakDeeds[rng.IntN(len(soakDeeds))]
+				if err := d.do(s.ctx, s.load, rng); err != nil && !lost(err) {
+					errs[i] = fmt.Errorf("%s: %w", d.name, err)
+					return
+				} else if err == nil {
+					s.count(d.name)
+				}
+			}
+		})
+	}
+	group.Wait()
+	require.NoError(s, errors.Join(errs...))
+	select {
+	case err := <-s.failed:
+		require.NoError(s, err, "in the background")
+	default:
+	}
+}
+
+// check looks for damage, and compares the totals with a sum over all records.
+func (s *soak) check() {
+	s.Helper()
+	require.NoError(s, s.sums.Flush(s.ctx))
+	for f, err := range s.Check(s.ctx) {
+		require.NoError(s, err)
+		require.Fail(s, "a finding", "%+v", f)
+	}
+	for f, err := range checksum.Check(s.ctx, s.Manager) {
+		require.NoError(s, err)
+		require.Fail(s, "a finding", "%+v", f)
+	}
+	totals, err := s.Totals(s.ctx)
+	require.NoError(s, err)
+	var records, counted, bytes int64
+	for _, t := range totals {
+		counted += t.Count
+		bytes += t.Bytes
+	}
+	for rec, err := range s.Records(s.ctx) {
+		require.NoError(s, err)
+		require.Empty(s, s.Refs(rec.ID), "%s is held", rec.ID)
+		records++
+		if rec.Size > 0 {
+			bytes -= rec.Size
+		}
+	}
+	require.Equal(s, records, counted)
+	require.Zero(s, bytes, "the totals less the sizes of all records")
+}
+
+// weigh removes everything and looks.
+func (s *soak) weigh() (x weight) {
+	s.Helper()
+	var u *cache.Usage
+	require.Eventually(s, func() bool { // the collector may be at work, too
+		_, err := s.Prune(s.ctx, policy.Policy{All: true})
+		require.NoError(s, err)
+		u, err = s.DiskUsage(s.ctx, nil)
+		require.NoError(s, err)
+		return u.Records == 0 && u.Pending == 0
+	}, time.Minute, time.Millisecond, "%+v", u)
+	s.mu.Lock()
+	s.ids = nil
+	clear(s.digests)
+	s.mu.Unlock()
+	require.Zero(s, u.Snapshots, "bytes of nothing")
+	used, err := s.Used(s.ctx)
+	require.NoError(s, err)
+	require.Zero(s, used, "the totals of nothing")
+	for _, dir := range []string{"snapshots/active", "snapshots/committed", "snapshots/trash", "snapshots/new", "mounts", "holds", "content/blobs/sha256", "content/ingest"} {
+		left, err := os.ReadDir(filepath.Join(s.Root(), dir))
+		if err == nil {
+			left = slices.DeleteFunc(left, func(e os.DirEntry) bool { return dir == "holds" && !e.Type().IsRegular() || e.Name() == "blobs" })
+			require.Empty(s, left, dir)
+		}
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(s.Root()))
+	require.NoError(s, err)
+	open, err := os.ReadDir("/proc/self/fd")
+	require.NoError(s, err)
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	x.files, x.mounts, x.goroutines = len(open), len(mounts), runtime.NumGoroutine()
+	x.heap, x.database, x.blobs = int64(m.HeapAlloc), u.Database, u.Blobs
+	return x
+}
+
+// heaviest is the largest of each figure.
+func heaviest(rounds []weight) (x weight) {
+	for _, r := range rounds {
+		x.files, x.mounts = max(x.files, r.files), max(x.mounts, r.mounts)
+		x.goroutines = max(x.goroutines, r.goroutines)
+		x.heap, x.database, x.blobs = max(x.heap, r.heap), max(x.database, r.database), max(x.blobs, r.blobs)
+	}
+	return x
+}
+
+// Under a mixed load of many rounds nothing grows: after each round, when
+// everything was removed, there are no more files, mounts and goroutines than
+// before, and the memory and the database are no larger than the first rounds
+// made them. LAMINA_SOAK says how long; hack/soak runs half an hour.
+func TestSoak(t *testing.T) {
+	if !inOwnMounts(t) {
+		return
+	}
+	length := 3 * time.Second
+	if text := os.Getenv("LAMINA_SOAK"); text != "" {
+		var err error
+		length, err = time.ParseDuration(text)
+		require.NoError(t, err)
+	}
+	seed := uint64(time.Now().UnixNano())
+	for _, driver := range []string{"overlay", "native"} {
+		t.Run(driver, func(t *testing.T) {
+			s := newSoak(t, driver)
+			const warm = 4
+			var rounds []weight
+			for end := time.Now().Add(length / 2); len(rounds) < 2*warm || time.Now().Before(end); {
+				s.round(seed, len(rounds))
+				s.check()
+				rounds = append(rounds, s.weigh())
+			}
+			first, last := heaviest(rounds[:warm]), rounds[len(rounds)-1]
+			deeds := 0
+			for _, d := range soakDeeds {
+				require.Positive(t, s.done[d.name], "nobody came to %s", d.name)
+				deeds += s.done[d.name]
+			}
+			t.Logf("rig: soak on %s: seed %d, %d rounds, %d deeds", driver, seed, len(rounds), deeds)
+			t.Logf("%s; the first %d rounds at most %+v, at the end %+v", strings.TrimPrefix(fmt.Sprint(s.done), "map"), warm, first, last)
+			require.LessOrEqual(t, last.files, first.files, "open files")
+			require.LessOrEqual(t, last.mounts, first.mounts, "mounts")
+			require.LessOrEqual(t, last.goroutines, first.goroutines, "goroutines")
+			require.LessOrEqual(t, last.heap, 2*first.heap+1<<20, "memory")
+			require.LessOrEqual(t, last.blobs, first.blobs, "what is left of blobs")
+			require.LessOrEqual(t, last.database, 2*first.database, "the database")
+			require.NoError(t, s.sums.Close())
+			require.NoError(t, s.Close())
+		})
+	}
+}
