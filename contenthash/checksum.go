@@ -21,6 +21,9 @@ const maxRounds = 100
 // never empty without an error. What was read until then is kept, so that who
 // asks again, or waits in line, goes on from there.
 func (t *Tree) Checksum(ctx context.Context, open Opener, path string, o Options) (d digest.Digest, err error) {
+	if o.IgnoreOwners {
+		return t.withoutOwners(ctx, open, path, o)
+	}
 	q, err := newQuery(path, o)
 	if err != nil {
 		return "", err
@@ -43,6 +46,18 @@ func (t *Tree) Checksum(ctx context.Context, open Opener, path string, o Options
 		return "", err
 	}
 	return digestOf(s), nil
+}
+
+// withoutOwners answers from a tree made for this question.
+func (t *Tree) withoutOwners(ctx context.Context, open Opener, path string, o Options) (digest.Digest, error) {
+	other := New()
+	other.ownerless, other.workers, other.now = true, t.workers, t.now
+	o.IgnoreOwners = false
+	d, err := other.Checksum(ctx, open, path, o)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.stats.add(other.Stats())
+	return d, err
 }
 
 // answer answers without reading anything, if that is possible.

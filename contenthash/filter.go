@@ -1,7 +1,6 @@
 package contenthash
 
 import (
-	"crypto/sha256"
 	"fmt"
 	"path"
 	"strings"
@@ -241,18 +240,11 @@ func (f *filter) list(prefix string) (s sum, known bool, err error) {
 	if len(f.found) == 1 && path.Base(f.q.raw) == path.Base(f.found[0].path) {
 		return digests[0], true, nil
 	}
-	h := sha256.New()
-	var buf []byte
+	l := NewList()
 	for i, c := range f.found {
-		name := strings.ReplaceAll(strings.TrimPrefix(c.path, prefix), "/", "\x00")
-		if name == "" {
-			name = "\x00"
-		}
-		buf = appendDigest(append(buf[:0], name...), &digests[i])
-		h.Write(buf)
+		l.Add(strings.TrimPrefix(c.path, prefix), digests[i])
 	}
-	h.Sum(s[:0])
-	return s, true, nil
+	return l.Sum(), true, nil
 }
 
 func (f *filter) digest(c *candidate) (s sum, known bool, err error) {

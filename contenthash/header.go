@@ -11,6 +11,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // sum is a sha256. The algorithm is part of the v0 form and not a choice.
@@ -39,10 +41,7 @@ func parseDigest(d string) (s sum, ok bool) {
 }
 
 // Xattr is one extended attribute.
-type Xattr struct {
-	Name  string
-	Value []byte
-}
+type Xattr = fsat.Xattr
 
 // countedXattr says whether an attribute enters digests: all do but those of
 // the machine's own policies and of the kernel (security.* and system.*), of
@@ -74,47 +73,59 @@ type Header struct {
 }
 
 // Hash computes the digest of one file: make it with its Header, write its
-// content if it is a regular file, ask for Digest. It is for those who write
-// files and know the content anyhow; Change takes the result.
-type Hash struct{ h hash.Hash }
+// content if it is a regular file, ask for Digest. It is for those who read or
+// write files anyhow; Change and List take the result. Use by one goroutine at
+// a time.
+type Hash struct {
+	h    hash.Hash
+	head []byte
+}
 
 // NewHash begins the digest of the file that h describes.
 func NewHash(h Header) *Hash {
-	raw := rawHeader{uid: h.UID, gid: h.GID, size: h.Size, link: h.Linkname}
-	raw.mode = unixMode(h.Mode)
+	out := &Hash{h: sha256.New()}
+	out.Reset(h)
+	return out
+}
+
+// Reset begins the digest of another file.
+func (h *Hash) Reset(of Header) {
+	raw := rawHeader{mode: unixMode(of.Mode), uid: of.UID, gid: of.GID, size: of.Size, link: of.Linkname}
 	if isDevice(raw.mode) {
-		raw.major, raw.minor = h.Devmajor, h.Devminor
+		raw.major, raw.minor = of.Devmajor, of.Devminor
 	}
-	for _, x := range h.Xattrs {
+	for _, x := range of.Xattrs {
 		if countedXattr(x.Name) {
 			raw.xattrs = append(raw.xattrs, x)
 		}
 	}
-	out := &Hash{h: sha256.New()}
-	out.h.Write(raw.appendTo(nil))
-	return out
+	h.head = raw.appendTo(h.head[:0])
+	h.h.Reset()
+	h.h.Write(h.head)
 }
 
 // Write adds content. It never fails.
 func (h *Hash) Write(p []byte) (int, error) { return h.h.Write(p) }
 
-// Digest is the digest of the file as written so far.
-func (h *Hash) Digest() digest.Digest {
-	var s sum
+// Sum is the digest of the file as written so far, as bytes.
+func (h *Hash) Sum() (s [sha256.Size]byte) {
 	h.h.Sum(s[:0])
-	return digestOf(s)
+	return s
 }
+
+// Digest is Sum in the form in which digests are given out.
+func (h *Hash) Digest() digest.Digest { return digestOf(h.Sum()) }
 
 func unixMode(m fs.FileMode) uint32 {
 	mode := uint32(m.Perm())
-	for bit, unixBit := range map[fs.FileMode]uint32{
-		fs.ModeSetuid: unix.S_ISUID,
-		fs.ModeSetgid: unix.S_ISGID,
-		fs.ModeSticky: unix.S_ISVTX,
-	} {
-		if m&bit != 0 {
-			mode |= unixBit
-		}
+	if m&fs.ModeSetuid != 0 {
+		mode |= unix.S_ISUID
+	}
+	if m&fs.ModeSetgid != 0 {
+		mode |= unix.S_ISGID
+	}
+	if m&fs.ModeSticky != 0 {
+		mode |= unix.S_ISVTX
 	}
 	switch {
 	case m.IsDir():

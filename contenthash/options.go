@@ -25,6 +25,10 @@ type Options struct {
 	// answer is errdefs.ErrNotFound. They count only with Wildcard or
 	// patterns; without these the path itself is required.
 	RequiredPaths []string
+	// IgnoreOwners counts every owner as 0:0, as BuildKit's client does with
+	// the files of a build context. What is known of a tree does not help with
+	// that, and nothing is kept of it: each question reads the files.
+	IgnoreOwners bool
 }
 
 // query is a question with its patterns compiled. A matcher may be used by one

@@ -91,8 +91,8 @@ const namedSources = 5
 // nameSources puts the first paths that changed behind the reason "source".
 func (r *run) nameSources(why []string) []string {
 	at := slices.Index(why, "source")
-	if at < 0 || r.prev == nil {
-		return why
+	if at < 0 || r.prev == nil || r.prev.Digest() != r.memo.Source {
+		return why // what the last run saw is not known any more
 	}
 	var named []string
 	r.res.SourceChanges = 0

@@ -14,7 +14,7 @@ import (
 func newHash(a *app) *cobra.Command {
 	var o contenthash.Options
 	cmd := &cobra.Command{
-		Use:   "hash ID [PATH] [--include P]... [--exclude P]... [--wildcard] [--follow]",
+		Use:   "hash ID [PATH] [--include P]... [--exclude P]... [--wildcard] [--follow] [--ignore-owners]",
 		Short: "Print the digest of a record's tree",
 		Example: `  lamina hash key:app
   lamina hash 01JCXM src --exclude '**/*.o'
@@ -28,7 +28,13 @@ after a commit or a finalize, and that for a child reads only what its own layer
 changed. After a reopen each file is looked at once, and read only if it changed.
 
 --include and --exclude take patterns as in .dockerignore, relative to PATH; with
---wildcard PATH is a pattern itself; --follow follows a symbolic link at its end.`,
+--wildcard PATH is a pattern itself; --follow follows a symbolic link at its end.
+
+--ignore-owners counts every owner as 0:0, as BuildKit does with the files of a
+build context. It reads all files each time. The source_digest of lamina run is
+this digest of the source alone: in a workspace where nothing but bin was built
+
+  lamina hash key:app --ignore-owners --include '**' --exclude bin`,
 		Args: cobra.RangeArgs(1, 2),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, prefix string) ([]cobra.Completion, cobra.ShellCompDirective) {
 			return a.completeIDs(1)(cmd, args, prefix)
@@ -49,6 +55,7 @@ changed. After a reopen each file is looked at once, and read only if it changed
 	flags.StringArrayVar(&o.ExcludePatterns, "exclude", nil, "leave out what matches `P`")
 	flags.BoolVar(&o.Wildcard, "wildcard", false, "PATH is a pattern")
 	flags.BoolVar(&o.FollowLinks, "follow", false, "follow a symbolic link at the end of PATH")
+	flags.BoolVar(&o.IgnoreOwners, "ignore-owners", false, "owners do not count")
 	return cmd
 }
 

@@ -57,7 +57,8 @@ does not count.
 
 Two runs of one key take turns, unless --no-wait is given; runs of different keys
 do not wait for each other. With --json the last line of standard error is one
-object that says what was done, and why.`,
+object that says what was done, and why; its source_digest is that of the source
+as lamina hash --ignore-owners gives it.`,
 		Args:        cobra.ArbitraryArgs,
 		Annotations: map[string]string{annotateMounts: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -46,7 +46,7 @@ func (v Violation) String() string {
 var rooms = map[string][]string{
 	"metadata":    {},
 	"snapshot":    {"internal/fsat"},
-	"contenthash": {},
+	"contenthash": {"internal/fsat"},
 	"cache":       {"cache/policy", "metadata", "snapshot", "layer"},
 	// Layer tars know directories, no snapshots and no records.
 	"layer": {"internal/fsat"},

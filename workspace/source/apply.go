@@ -103,7 +103,7 @@ func (s *syncer) makeSmall(fd int, k int32) (made bool, err error) {
 		}
 		err = unix.Mknodat(fd, n.name, kind|0o600, int(n.rdev))
 		if errors.Is(err, unix.EPERM) {
-			s.note(k, "device %s left out: %v", n.digestLink(), err)
+			s.note(k, "device %d:%d left out: %v", unix.Major(n.rdev), unix.Minor(n.rdev), err)
 			return false, nil
 		}
 	}
@@ -190,7 +190,7 @@ func (s *syncer) copyFile(ctx context.Context, r *reader, k int32) (err error) {
 	// Where the stat data could have missed a change since the scan, only the
 	// content itself says that it is what was scanned.
 	if !n.readForSure(s.t.started) {
-		_, sum, err := r.sum(ctx, out, n.size, func(int64) {})
+		_, sum, err := r.sum(ctx, out, n, func(int64) {})
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

@@ -96,8 +96,12 @@ func (s *syncer) decide(fd int, k int32) (action, error) {
 	}
 	if undisturbed && was.copy.leftForSure(s.prev.synced) {
 		switch {
-		case n.sum != was.sum || n.target != was.target || n.rdev != was.rdev:
+		case n.target != was.target || n.rdev != was.rdev || n.size != was.size:
 			return create, nil
+		case n.sum != was.sum && n.sameHeader(was):
+			return create, nil
+		case n.sum != was.sum:
+			return verify, nil // attributes changed, and maybe the content
 		case s.sameSourceAttrs(n, was):
 			return keep, nil
 		case n.typ == File:
@@ -204,7 +208,7 @@ func (s *syncer) verifyFile(ctx context.Context, r *reader, k int32) (action, er
 		return create, fsat.Error("open in workspace", path, err)
 	}
 	defer fsat.Close(fd)
-	_, sum, err := r.sum(ctx, fd, n.size, func(int64) {})
+	_, sum, err := r.sum(ctx, fd, n, func(int64) {})
 	if ctx.Err() != nil {
 		return create, context.Cause(ctx)
 	}

@@ -17,7 +17,8 @@ import (
 // Decode reads what Encode wrote. Anything else is DataLoss, and a later
 // version of the form NotImplemented: go on without a previous tree, which
 // costs reading all files, and a file that the source dropped meanwhile stays
-// in the workspace. Memory is bounded by a multiple of len(b). b may be
+// in the workspace. The tree of an earlier version serves as prev and describes
+// no source, like an Intent. Memory is bounded by a multiple of len(b). b may be
 // changed afterwards.
 func Decode(b []byte) (*Tree, error) {
 	body, err := unpack(b)
@@ -25,6 +26,11 @@ func Decode(b []byte) (*Tree, error) {
 		d := decoder{rest: body}
 		t := d.tree()
 		if d.err == nil {
+			if b[len(encodedMagic)] == plainVersion {
+				// Its digests are none of ours, so nothing is believed
+				// without being read.
+				t.started, t.synced = stamp{}, stamp{}
+			}
 			t.index()
 			return t, nil
 		}
@@ -43,7 +49,7 @@ func unpack(b []byte) (string, error) {
 		return "", errors.New("no such tree begins like this")
 	}
 	version, method := b[len(encodedMagic)], b[len(encodedMagic)+1]
-	if version != encodedVersion {
+	if version != encodedVersion && version != plainVersion {
 		return "", fmt.Errorf("source tree in form %d, known is %d: %w", version, encodedVersion, errdefs.ErrNotImplemented)
 	}
 	sum := binary.LittleEndian.Uint32(b[len(encodedMagic)+2:])

@@ -1,13 +1,17 @@
 package source
 
-import "iter"
+import (
+	"iter"
+
+	"github.com/lamina-build/lamina/contenthash"
+)
 
 // Changed yields the paths, in path order, at which two trees differ in what
 // their digests count: everything below a directory that one of them lacks
 // included. Nothing is yielded if and only if the digests are equal.
 func Changed(before, now *Tree) iter.Seq[string] {
 	return func(yield func(string) bool) {
-		d := differ{before: before, now: now, yield: yield}
+		d := differ{before: before, now: now, yield: yield, hash: contenthash.NewHash(contenthash.Header{})}
 		d.dir(-1, -1, true, true)
 	}
 }
@@ -15,6 +19,7 @@ func Changed(before, now *Tree) iter.Seq[string] {
 type differ struct {
 	before, now *Tree
 	yield       func(string) bool
+	hash        *contenthash.Hash
 }
 
 // dir compares the entries of two directories, of which one may not be there;
@@ -46,7 +51,7 @@ func (d *differ) dir(b, n int32, inBefore, inNow bool) bool {
 func (d *differ) entry(old, new int32) bool {
 	oldDir := old >= 0 && d.before.nodes[old].typ == Dir
 	newDir := new >= 0 && d.now.nodes[new].typ == Dir
-	if old < 0 || new < 0 || !d.before.nodes[old].equal(&d.now.nodes[new]) {
+	if old < 0 || new < 0 || d.differs(&d.before.nodes[old], &d.now.nodes[new]) {
 		path := ""
 		if new >= 0 {
 			path = d.now.path(new)
@@ -63,7 +68,7 @@ func (d *differ) entry(old, new int32) bool {
 	return d.dir(old, new, oldDir, newDir)
 }
 
-// equal compares what the digest counts, apart from the path.
-func (n *node) equal(o *node) bool {
-	return n.typ == o.typ && n.mode == o.mode && n.size == o.size && n.sum == o.sum && n.digestLink() == o.digestLink()
+// differs says whether the digest tells the two entries apart.
+func (d *differ) differs(old, new *node) bool {
+	return old.typ != new.typ || old.own(d.hash) != new.own(d.hash)
 }

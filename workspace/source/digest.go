@@ -1,76 +1,95 @@
 package source
 
 import (
-	"crypto/sha256"
-	"encoding/binary"
-	"strconv"
+	"io/fs"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/contenthash"
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
-// Digest is a function of the tree's paths, types, modes, sizes, contents and
-// links alone: not of owners, times, extended attributes, of which names are
-// hard links, nor of the directory that holds the tree or of who reads it.
+// Digest is the digest that contenthash gives to the list of all entries, with
+// their owners as 0:0:
 //
-// It is the sha256 over the line "lamina source tree 1\n" and then, for each
-// entry in path order, numbers big endian:
+//	Checksum(ctx, contenthash.Dir(dir), "/", contenthash.Options{
+//		IncludePatterns: []string{"**"}, IgnoreOwners: true,
+//	})
 //
-//	uint64   length of the path
-//	bytes    the path, relative, slash separated
-//	byte     type: d, f, l (symbolic link), p (FIFO), c, b (devices)
-//	uint32   mode: permissions, setuid, setgid and sticky (07777);
-//	         0777 for symbolic links
-//	uint64   size of a regular file, else 0
-//	32 bytes sha256 of a regular file's content, else zeros
-//	uint64   length of the link
-//	bytes    the link: the target of a symbolic link as it is,
-//	         "major:minor" in decimal for a device, else nothing
-//
-// Path order is the order of the paths' bytes where '/' counts as less than
-// every other byte, so that a directory's entries follow it without a gap.
+// for a directory that holds the tree and nothing else. So BuildKit's client
+// sends a build context, and so the daemon sums it up. It is a function of
+// paths, types, modes, sizes, contents, links and extended attributes (but ACLs)
+// alone: not of owners, times, of which names are hard links, nor of the
+// directory that holds the tree.
 func (t *Tree) Digest() digest.Digest {
-	h := sha256.New()
-	buf := append(make([]byte, 0, 64<<10), "lamina source tree 1\n"...)
-	// prefix is the path of the directory that the last entry was in.
-	var prefix []byte
-	dir := int32(-1)
-	for i := range t.nodes {
-		n := &t.nodes[i]
-		if n.parent != dir {
-			dir = n.parent
-			prefix = append(prefix[:0], t.path(dir)...)
-			if dir >= 0 {
-				prefix = append(prefix, '/')
+	t.digestOnce.Do(func() {
+		list, h := contenthash.NewList(), contenthash.NewHash(contenthash.Header{})
+		// prefix is the path of the directory that the last entry was in.
+		dir, prefix := int32(-1), "/"
+		for i := range t.nodes {
+			n := &t.nodes[i]
+			if n.parent != dir {
+				dir, prefix = n.parent, "/"
+				if dir >= 0 {
+					prefix = "/" + t.path(dir) + "/"
+				}
 			}
+			list.Add(prefix+n.name, n.own(h))
 		}
-		link := n.digestLink()
-		buf = binary.BigEndian.AppendUint64(buf, uint64(len(prefix)+len(n.name)))
-		buf = append(buf, prefix...)
-		buf = append(buf, n.name...)
-		buf = append(buf, byte(n.typ))
-		buf = binary.BigEndian.AppendUint32(buf, n.mode)
-		buf = binary.BigEndian.AppendUint64(buf, uint64(n.size))
-		buf = append(buf, n.sum[:]...)
-		buf = binary.BigEndian.AppendUint64(buf, uint64(len(link)))
-		buf = append(buf, link...)
-		if len(buf) > 60<<10 {
-			h.Write(buf)
-			buf = buf[:0]
-		}
-	}
-	h.Write(buf)
-	return digest.NewDigest(digest.SHA256, h)
+		t.digest = list.Digest()
+	})
+	return t.digest
 }
 
-// digestLink is what the digest takes as the entry's link.
-func (n *node) digestLink() string {
-	switch n.typ {
-	case Symlink:
-		return n.target
-	case CharDevice, BlockDevice:
-		return strconv.FormatUint(uint64(unix.Major(n.rdev)), 10) + ":" + strconv.FormatUint(uint64(unix.Minor(n.rdev)), 10)
-	default:
-		return ""
+// own is the digest of the entry itself, as contenthash.Hash gives it.
+func (n *node) own(h *contenthash.Hash) [32]byte {
+	if n.typ == File {
+		return n.sum
 	}
+	h.Reset(n.header())
+	return h.Sum()
+}
+
+// header is what of the entry but its content counts.
+func (n *node) header() contenthash.Header {
+	h := contenthash.Header{Mode: n.fileMode(), Size: n.size, Linkname: n.target, Xattrs: n.xattrs}
+	if n.typ == CharDevice || n.typ == BlockDevice {
+		h.Devmajor, h.Devminor = unix.Major(n.rdev), unix.Minor(n.rdev)
+	}
+	return h
+}
+
+// fileMode is type and mode in the terms of package fs.
+func (n *node) fileMode() fs.FileMode {
+	mode := fs.FileMode(n.mode & 0o777)
+	if n.mode&unix.S_ISUID != 0 {
+		mode |= fs.ModeSetuid
+	}
+	if n.mode&unix.S_ISGID != 0 {
+		mode |= fs.ModeSetgid
+	}
+	if n.mode&unix.S_ISVTX != 0 {
+		mode |= fs.ModeSticky
+	}
+	switch n.typ {
+	case Dir:
+		mode |= fs.ModeDir
+	case Symlink:
+		mode |= fs.ModeSymlink
+	case FIFO:
+		mode |= fs.ModeNamedPipe
+	case CharDevice:
+		mode |= fs.ModeDevice | fs.ModeCharDevice
+	case BlockDevice:
+		mode |= fs.ModeDevice
+	case File:
+	}
+	return mode
+}
+
+// sameHeader says whether two entries of one type differ in content at most.
+func (n *node) sameHeader(o *node) bool {
+	return n.mode == o.mode && n.size == o.size && n.target == o.target && n.rdev == o.rdev &&
+		fsat.EqualXattrs(n.xattrs, o.xattrs)
 }

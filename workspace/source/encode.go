@@ -30,7 +30,9 @@ import (
 // and the fields that appendNode writes one after the other.
 const (
 	encodedMagic   = "lamsrc"
-	encodedVersion = 1
+	encodedVersion = 2
+	// plainVersion had digests of contents alone.
+	plainVersion = 1
 
 	methodStored = 0
 	methodZstd   = 1

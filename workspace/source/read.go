@@ -2,12 +2,11 @@ package source
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
-	"hash"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/lamina-build/lamina/contenthash"
 	"github.com/lamina-build/lamina/internal/fsat"
 )
 
@@ -94,22 +93,21 @@ func (s *scanner) readFile(ctx context.Context, r *reader, n *node, path string,
 		if !now.fill(n.name, &before) || now.typ != File {
 			return &ChangedError{Path: path}
 		}
-		size, sum, err := r.sum(ctx, fd, before.Size, m.add)
+		if now.xattrs, err = fsat.Xattrs(fd, false, s.asRoot); err != nil {
+			return fsat.Error("read extended attributes of source", path, err)
+		}
+		size, sum, err := r.sum(ctx, fd, &now, m.add)
 		if err != nil {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
 			return fsat.Error("read source file", path, err)
 		}
-		xattrs, err := fsat.Xattrs(fd, false, s.asRoot)
-		if err != nil {
-			return fsat.Error("read extended attributes of source", path, err)
-		}
 		if err := unix.Fstat(fd, &after); err != nil {
 			return fsat.Error("stat source file", path, err)
 		}
 		if sameFile(&before, &after) && size == before.Size {
-			now.parent, now.link, now.sum, now.xattrs = n.parent, n.link, sum, xattrs
+			now.parent, now.link, now.sum = n.parent, n.link, sum
 			*n = now
 			return nil
 		}
@@ -126,7 +124,7 @@ func sameFile(a, b *unix.Stat_t) bool {
 
 // reader hashes files, one at a time.
 type reader struct {
-	hash hash.Hash
+	hash *contenthash.Hash
 	buf  []byte
 }
 
@@ -134,29 +132,31 @@ type reader struct {
 // of them a cancelled context is noticed.
 const readSize = 128 << 10
 
-func newReader() *reader { return &reader{hash: sha256.New(), buf: make([]byte, readSize)} }
+func newReader() *reader {
+	return &reader{hash: contenthash.NewHash(contenthash.Header{}), buf: make([]byte, readSize)}
+}
 
-// sum reads fd from its start to its end, or until there is more than
-// expected: a file that grows as fast as it is read has no end.
-func (r *reader) sum(ctx context.Context, fd int, expect int64, report func(int64)) (size int64, sum [32]byte, err error) {
-	r.hash.Reset()
+// sum is the digest that n has if fd holds its content. It reads fd from its
+// start to its end, or until there is more than n's size: a file that grows as
+// fast as it is read has no end.
+func (r *reader) sum(ctx context.Context, fd int, n *node, report func(int64)) (size int64, sum [32]byte, err error) {
+	r.hash.Reset(n.header())
 	for {
-		if size > expect {
+		if size > n.size {
 			return size, sum, nil
 		}
 		if err := ctx.Err(); err != nil {
 			return 0, sum, err
 		}
-		n, err := fsat.Pread(fd, r.buf, size)
+		got, err := fsat.Pread(fd, r.buf, size)
 		if err != nil {
 			return 0, sum, err
 		}
-		if n == 0 {
-			r.hash.Sum(sum[:0])
-			return size, sum, nil
+		if got == 0 {
+			return size, r.hash.Sum(), nil
 		}
-		r.hash.Write(r.buf[:n])
-		size += int64(n)
-		report(int64(n))
+		_, _ = r.hash.Write(r.buf[:got])
+		size += int64(got)
+		report(int64(got))
 	}
 }

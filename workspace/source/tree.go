@@ -4,6 +4,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -12,7 +13,7 @@ import (
 )
 
 // Type is what kind of file an entry is. The values are part of the encoded
-// form and of the digest.
+// form.
 type Type byte
 
 // The types that a tree holds.
@@ -29,8 +30,9 @@ const (
 // what its copies in the workspace look like. A Tree does not change once it
 // is returned and is safe for concurrent use.
 type Tree struct {
-	// nodes are in path order (see Digest), so a directory comes before what
-	// it holds, and what it holds follows without a gap.
+	// nodes are in path order: that of the paths' bytes where '/' counts as
+	// less than every other byte. So a directory comes before what it holds,
+	// and what it holds follows without a gap.
 	nodes []node
 	notes []Note
 	// root says that the tree was read by root, who sees more attributes.
@@ -44,6 +46,9 @@ type Tree struct {
 
 	// now is the clock, handed on from Options to SyncTo.
 	now func() time.Time
+
+	digestOnce sync.Once
+	digest     digest.Digest
 }
 
 // node is an entry in memory.
@@ -60,8 +65,9 @@ type node struct {
 	rdev     uint64
 	mtime    stamp
 	target   string
-	sum      [32]byte
-	xattrs   []fsat.Xattr
+	// sum is the digest of a regular file, as own gives it.
+	sum    [32]byte
+	xattrs []fsat.Xattr
 
 	// What decides whether the content is read again.
 	dev, ino uint64
@@ -108,9 +114,8 @@ type Entry struct {
 	// Mode holds the permissions with setuid, setgid and sticky (07777).
 	Mode     uint32
 	UID, GID uint32
-	// Size and Digest (sha256 of the content) are those of regular files.
+	// Size is that of regular files, in bytes.
 	Size    int64
-	Digest  digest.Digest
 	ModTime time.Time
 	// Link is the target of a symbolic link.
 	Link string
@@ -152,9 +157,6 @@ func (t *Tree) Entries() iter.Seq[Entry] {
 				Path: t.path(int32(i)), Type: n.typ, Mode: n.mode, UID: n.uid, GID: n.gid,
 				Size: n.size, ModTime: n.mtime.time(), Device: n.rdev, Xattrs: n.xattrs,
 				Link: n.target,
-			}
-			if n.typ == File {
-				e.Digest = digest.NewDigestFromBytes(digest.SHA256, n.sum[:])
 			}
 			if n.link != int32(i) {
 				e.Hardlink = t.path(n.link)
