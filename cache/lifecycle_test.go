@@ -225,6 +225,26 @@ func TestMutableWithoutRecordDiesWithItsHandle(t *testing.T) {
 	})
 }
 
+// While a mutable is given up its id is not found, for it was never anybody's.
+func TestAMutableThatIsGivenUpIsNotFound(t *testing.T) {
+	forKinds(t, func(w *world) {
+		mut := w.new(nil, cache.NewOptions{}, "a", "1")
+		reached, release := w.driver.Block("Detach", mut.Record().Key)
+		defer release()
+		released := make(chan error, 1)
+		go func() { released <- mut.Release(w.ctx) }()
+		<-reached
+		_, err := w.Get(w.ctx, mut.ID(), cache.GetOptions{})
+		require.ErrorIs(w, err, errdefs.ErrNotFound)
+		_, err = w.Lookup(w.ctx, mut.ID())
+		require.ErrorIs(w, err, errdefs.ErrNotFound)
+		release()
+		require.NoError(w, <-released)
+		_, err = w.Get(w.ctx, mut.ID(), cache.GetOptions{})
+		require.ErrorIs(w, err, errdefs.ErrNotFound)
+	})
+}
+
 func TestRetainWritesTheRecord(t *testing.T) {
 	w := newWorld(t, overlayKind)
 	mut := w.new(nil, cache.NewOptions{Values: []cache.Value{{Name: "k", Index: "key"}}}, "a", "1")

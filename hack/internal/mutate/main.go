@@ -26,7 +26,8 @@ type stage struct {
 // are about what it does, by the beginnings of their names.
 var near = map[string]string{
 	"cache/commit.go":     "TestCommit|TestLife|TestHandles|TestMutableWithout",
-	"cache/reopen.go":     "TestReopen|TestInterrupted|TestHalf|TestOfTwo",
+	"cache/get.go":        "TestAMutable|TestLife|TestLooking",
+	"cache/reopen.go":     "TestReopen|TestAReopened|TestInterrupted|TestHalf|TestOfTwo",
 	"cache/remove.go":     "TestVictims|TestSettleR|TestParent|TestRemoval",
 	"cache/prune.go":      "TestPrune$|TestPruneOf|TestCancelled|TestSpace",
 	"cache/hold.go":       "TestA(Writer|Reader)In|TestHold|TestDetached|TestFinalizeIs",

@@ -21,7 +21,7 @@ func mutants() []mutant {
 		{"cache/commit.go", "		rec.State = metadata.Committed\n", "		rec.State = metadata.Finalized\n", "a commit claims to be final"},
 		{"cache/commit.go", "		rec.Durable = false\n", "", "a commit keeps the mark of an earlier sync"},
 		{"cache/commit.go", "rec.Interrupted, rec.Retain, rec.RetainAfter = false, rec.RetainAfter, false", "rec.Interrupted, rec.RetainAfter = false, false", "a commit does not bring the former policy back"},
-		{"cache/commit.go", "		from.ClearValue(v.Name)\n", "", "a value that moves stays with the parent"},
+		{"cache/commit.go", "		from.ClearValue(v.Name)\n", "		_ = from\n", "a value that moves stays with the parent"},
 		{"cache/commit.go", "	m.recordedLocked(e)\n	m.dropHandleLocked(r.h)\n", "	m.dropHandleLocked(r.h)\n", "a committed record counts as unrecorded"},
 		{"cache/commit.go", "	m.dropHandleLocked(r.h)\n	return &ImmutableRef", "	return &ImmutableRef", "the writer's handle lives on after a commit"},
 		{"cache/get.go", "			if !e.recorded {", "			if false {", "a mutable that is being given up is called mutable"},
