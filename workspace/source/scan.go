@@ -312,7 +312,7 @@ func stampOfSpec(ts unix.Timespec) stamp { return stamp{ts.Sec, int32(ts.Nsec)} 
 
 // sameStat compares what decides whether a file is read again.
 func (n *node) sameStat(o *node) bool {
-	return n.dev == o.dev && n.ino == o.ino && n.size == o.size && n.mtime == o.mtime && n.ctime == o.ctime
+	return n.dev == o.dev && n.ino == o.ino && n.mode == o.mode && n.size == o.size && n.mtime == o.mtime && n.ctime == o.ctime
 }
 
 // flatten puts the entries of all folders into t in path order, leaving out
