@@ -51,7 +51,7 @@ func (t *Tree) Checksum(ctx context.Context, open Opener, path string, o Options
 // withoutOwners answers from a tree made for this question.
 func (t *Tree) withoutOwners(ctx context.Context, open Opener, path string, o Options) (digest.Digest, error) {
 	other := New()
-	other.ownerless, other.workers, other.now = true, t.workers, t.now
+	other.ownerless, other.workers, other.now, other.fault = true, t.workers, t.now, t.fault
 	o.IgnoreOwners = false
 	d, err := other.Checksum(ctx, open, path, o)
 	t.mu.Lock()
@@ -116,7 +116,7 @@ func (t *Tree) work(ctx context.Context, open Opener, q *query) (s sum, err erro
 				return s, err
 			}
 		}
-		f := &fetch{t: t, root: rootDir{int(root.dir.Fd())}, rev: rev, missing: r.missing}
+		f := &fetch{t: t, root: root.at(), rev: rev, missing: r.missing}
 		if err := f.run(ctx, r); err != nil {
 			return s, err
 		}

@@ -3,10 +3,11 @@ package contenthash
 import (
 	"errors"
 	"fmt"
-	"strconv"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // ErrChanged says that files changed again and again while they were read, so
@@ -14,56 +15,12 @@ import (
 // asking again may succeed.
 var ErrChanged = fmt.Errorf("changes while it is read: %w", errdefs.ErrUnavailable)
 
-// pathError tells what was done to which path; its chain has the errno and the
+// failed is the error of op on path, or nil; its chain has the errno and its
 // errdefs class.
-type pathError struct {
-	op, path   string
-	err, class error
-}
-
-func (e *pathError) Error() string {
-	return e.op + " " + strconv.Quote("/"+e.path) + ": " + e.err.Error()
-}
-
-func (e *pathError) Unwrap() []error {
-	if e.class == nil {
-		return []error{e.err}
-	}
-	return []error{e.err, e.class}
-}
-
-// failed is the error of op on path, or nil.
-func failed(op, path string, err error) error {
-	if err == nil {
-		return nil
-	}
-	return &pathError{op: op, path: path, err: err, class: classOf(err)}
-}
-
-func classOf(err error) error {
-	var errno unix.Errno
-	if !errors.As(err, &errno) {
-		return nil
-	}
-	switch errno {
-	case unix.ENOENT:
-		return errdefs.ErrNotFound
-	case unix.EACCES, unix.EPERM:
-		return errdefs.ErrPermissionDenied
-	case unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG:
-		return errdefs.ErrInvalidArgument
-	case unix.EMFILE, unix.ENFILE, unix.ENOMEM:
-		return errdefs.ErrResourceExhausted
-	case unix.EIO:
-		return errdefs.ErrDataLoss
-	default:
-		return errdefs.ErrUnknown
-	}
-}
+func failed(op, path string, err error) error { return fsat.Error(op, "/"+path, err) }
 
 // moved says that what was at a path a moment ago is not there any more, or is
 // of another type.
 func moved(err error) bool {
-	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) ||
-		errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE)
+	return fsat.Absent(err) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE)
 }

@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // fetch reads what one round of a run wants, and puts it into the tree.
@@ -15,7 +17,7 @@ import (
 // finds out what is still wanted.
 type fetch struct {
 	t       *Tree
-	root    rootDir
+	root    *fsat.Root
 	rev     uint64
 	missing map[string]bool // of the run
 	pool    *pool           // of the phase under way
@@ -63,7 +65,7 @@ func (t *Tree) borrow(ctx context.Context) *reader {
 	if !ok {
 		r = newReader()
 	}
-	r.done, r.now = ctx.Done(), t.now
+	r.done, r.now, r.fault = ctx.Done(), t.now, t.fault
 	t.mu.RLock()
 	r.ownerless = t.ownerless
 	t.mu.RUnlock()
@@ -103,10 +105,10 @@ func (f *fetch) current(look func()) bool {
 // look looks at each name on the way to path, up to the first that is no
 // directory.
 func (f *fetch) look(rd *reader, path string) error {
-	at := f.root.fd
+	at := f.root.Fd()
 	defer func() {
-		if at != f.root.fd {
-			_ = unix.Close(at)
+		if at != f.root.Fd() {
+			fsat.Close(at)
 		}
 	}()
 	var n *node
@@ -132,11 +134,11 @@ func (f *fetch) look(rd *reader, path string) error {
 		if !isDir || !more {
 			return nil
 		}
-		next, err := openat(at, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW)
-		if at != f.root.fd {
-			_ = unix.Close(at)
+		next, err := rd.openAt(at, name, unix.O_PATH|unix.O_DIRECTORY)
+		if at != f.root.Fd() {
+			fsat.Close(at)
 		}
-		at = f.root.fd
+		at = f.root.Fd()
 		if moved(err) {
 			return nil // the next round looks again
 		}
@@ -201,7 +203,7 @@ func (f *fetch) readRoot(rd *reader) error {
 // readAll reads the digests of entries of one directory, and gives half of
 // them away whenever somebody else has nothing to do.
 func (f *fetch) readAll(rd *reader, path string, nodes []*node) error {
-	fd, err := f.root.openDir(path)
+	fd, err := rd.openDir(f.root, path)
 	if moved(err) {
 		f.lost(path)
 		return nil
@@ -209,7 +211,7 @@ func (f *fetch) readAll(rd *reader, path string, nodes []*node) error {
 	if err != nil {
 		return failed("open", path, err)
 	}
-	defer unix.Close(fd)
+	defer fsat.Close(fd)
 	return f.readIn(rd, fd, path, nodes)
 }
 
@@ -338,7 +340,7 @@ func (f *fetch) visitDir(rd *reader, v visit) error {
 	fd := -1
 	if !ready {
 		var err error
-		fd, err = f.root.openDir(v.path)
+		fd, err = rd.openDir(f.root, v.path)
 		if moved(err) {
 			f.lost(v.path)
 			return nil
@@ -346,7 +348,7 @@ func (f *fetch) visitDir(rd *reader, v visit) error {
 		if err != nil {
 			return failed("open", v.path, err)
 		}
-		defer unix.Close(fd)
+		defer fsat.Close(fd)
 		if err := f.readDir(rd, fd, v); err != nil {
 			return failed("read", v.path, err)
 		}
@@ -402,7 +404,7 @@ func (f *fetch) readDir(rd *reader, fd int, v visit) error {
 		started := rd.now()
 		var st, after unix.Stat_t
 		rd.stats.Stats++
-		if err := fstat(fd, &st); err != nil {
+		if err := rd.fstat(fd, &st); err != nil {
 			return err
 		}
 		got := factsOf(&st, started)
@@ -411,7 +413,7 @@ func (f *fetch) readDir(rd *reader, fd int, v visit) error {
 		}
 		head := rd.header(&st)
 		var err error
-		if head.xattrs, err = (place{fd: fd}).xattrs(rd.attrs); err != nil {
+		if head.xattrs, err = rd.xattrs(fd, "", rd.attrs); err != nil {
 			return err
 		}
 		rd.head = head.appendTo(rd.head[:0])
@@ -420,12 +422,12 @@ func (f *fetch) readDir(rd *reader, fd int, v visit) error {
 		var names []dirent
 		if v.deep {
 			rd.stats.DirsListed++
-			if names, err = list(fd, rd.buf); err != nil {
+			if names, err = rd.list(fd, rd.buf); err != nil {
 				return err
 			}
 			slices.SortFunc(names, func(a, b dirent) int { return strings.Compare(a.name, b.name) })
 		}
-		if err := fstat(fd, &after); err != nil {
+		if err := rd.fstat(fd, &after); err != nil {
 			return err
 		}
 		if !same(&st, &after) {

@@ -5,6 +5,8 @@ import (
 	"errors"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // Clone returns a tree of its own that knows the same, with nothing saved. It
@@ -74,7 +76,7 @@ func (t *Tree) ApplyLayer(ctx context.Context, l Layer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, root.close()) }()
-	a := &applier{t: t, ctx: ctx, marks: l.Marks, root: rootDir{int(root.dir.Fd())}, buf: make([]byte, 32<<10)}
+	a := &applier{t: t, ctx: ctx, marks: l.Marks, root: root.at(), files: files{t.fault}, buf: make([]byte, 32<<10)}
 	t.mu.Lock()
 	t.rev++
 	a.rev = t.rev
@@ -98,17 +100,18 @@ func (t *Tree) forgetAll() {
 
 // applier walks through a layer.
 type applier struct {
+	files
 	t     *Tree
 	ctx   context.Context //nolint:containedctx // of the one call that the applier lives for
 	marks string
-	root  rootDir
+	root  *fsat.Root
 	rev   uint64
 	buf   []byte
 }
 
 // mark reads one of overlayfs's attributes; empty if there is none.
-func (a *applier) mark(p place, name string) (string, error) {
-	value, err := grow(nil, func(buf []byte) (int, error) { return p.get(a.marks+name, buf) })
+func (a *applier) mark(at int, entry, name string) (string, error) {
+	value, err := a.xattr(at, entry, a.marks+name)
 	if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
 		return "", nil
 	}
@@ -128,12 +131,12 @@ func (a *applier) dir(path string) error {
 	if err := context.Cause(a.ctx); err != nil {
 		return err
 	}
-	fd, err := a.root.openDir(path)
+	fd, err := a.openDir(a.root, path)
 	if err != nil {
 		return failed("read the layer's", path, err)
 	}
 	entries, opaque, err := a.read(fd)
-	_ = unix.Close(fd)
+	fsat.Close(fd)
 	if err != nil {
 		return failed("read the layer's", path, err)
 	}
@@ -150,11 +153,11 @@ func (a *applier) dir(path string) error {
 }
 
 func (a *applier) read(fd int) (entries []upper, opaque bool, err error) {
-	names, err := list(fd, a.buf)
+	names, err := a.list(fd, a.buf)
 	if err != nil {
 		return nil, false, err
 	}
-	mark, err := a.mark(place{fd: fd}, "opaque")
+	mark, err := a.mark(fd, "", "opaque")
 	if err != nil {
 		return nil, false, err
 	}
@@ -162,7 +165,7 @@ func (a *applier) read(fd int) (entries []upper, opaque bool, err error) {
 		e := upper{dirent: d}
 		if e.kind == kindUnknown || e.kind == kindSpecial || (e.kind == kindFile && mark == "x") {
 			var st unix.Stat_t
-			if err := lstat(fd, d.name, &st); err != nil {
+			if err := a.lstat(fd, d.name, &st); err != nil {
 				return nil, false, err
 			}
 			e.kind = kindOf(st.Mode)
@@ -170,12 +173,12 @@ func (a *applier) read(fd int) (entries []upper, opaque bool, err error) {
 			if e.kind == kindFile && st.Size == 0 && mark == "x" {
 				// A whiteout may be an empty file with an attribute, in
 				// directories that say so. The attribute has no value.
-				_, err := place{fd, d.name}.get(a.marks+"whiteout", nil)
+				_, err := a.xattr(fd, d.name, a.marks+"whiteout")
 				e.whiteout = err == nil
 			}
 		}
 		if e.kind == kindDir {
-			if e.fresh, err = a.fresh(place{fd, d.name}); err != nil {
+			if e.fresh, err = a.fresh(fd, d.name); err != nil {
 				return nil, false, err
 			}
 		}
@@ -186,12 +189,12 @@ func (a *applier) read(fd int) (entries []upper, opaque bool, err error) {
 
 // fresh says that a directory of the layer shows nothing of the one of its
 // name below: it is opaque, or shows another one.
-func (a *applier) fresh(p place) (bool, error) {
-	opaque, err := a.mark(p, "opaque")
+func (a *applier) fresh(at int, entry string) (bool, error) {
+	opaque, err := a.mark(at, entry, "opaque")
 	if err != nil {
 		return false, err
 	}
-	redirect, err := a.mark(p, "redirect")
+	redirect, err := a.mark(at, entry, "redirect")
 	return opaque == "y" || redirect != "", err
 }
 

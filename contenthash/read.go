@@ -8,29 +8,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// How much older than a moment the ctime of a file must be for every change
-// after that moment to show another one.
-const (
-	// fineWindow: the kernel stamps with a clock that steps once per tick, up
-	// to 10 ms, which some file systems round down by as much again. Since
-	// Linux 6.13 stamps of files that were looked at are finer; nothing here
-	// needs it.
-	fineWindow = 25 * time.Millisecond
-	// coarseWindow is added for a ctime without a fraction of a second, as
-	// file systems with steps of one or two seconds show.
-	coarseWindow = 2 * time.Second
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // racy says that a change after the moment at, in nanoseconds, could leave the
 // stat data as they are.
 func racy(s Stat, at int64) bool {
-	window := fineWindow
-	if s.Ctime%int64(time.Second) == 0 {
-		window += coarseWindow
-	}
-	return s.Ctime > at-int64(window)
+	return s.Ctime > at-int64(fsat.Window(s.Ctime%int64(time.Second)))
 }
 
 // facts are what was read of one entry.
@@ -51,6 +36,7 @@ func factsOf(st *unix.Stat_t, at int64) facts {
 
 // reader reads entries; every worker has its own.
 type reader struct {
+	files
 	// done is closed when nobody waits for the result any more.
 	done <-chan struct{}
 	now  func() int64
@@ -111,7 +97,7 @@ func (r *reader) look(at int, name string, digest bool) (f facts, ok bool, err e
 	started := r.now()
 	var st, after unix.Stat_t
 	r.stats.Stats++
-	if err := lstat(at, name, &st); err != nil {
+	if err := r.lstat(at, name, &st); err != nil {
 		return f, false, err
 	}
 	f = factsOf(&st, started)
@@ -123,20 +109,20 @@ func (r *reader) look(at int, name string, digest bool) (f facts, ok bool, err e
 	}
 	head := r.header(&st)
 	if f.kind == kindSymlink {
-		if head.link, err = readlink(at, name); err != nil {
+		if head.link, err = r.readlink(at, name); err != nil {
 			return f, false, retryIf(err, unix.EINVAL) // no link any more
 		}
 		f.link = &head.link
 	}
 	if digest {
-		if head.xattrs, err = (place{at, name}).xattrs(r.attrs); err != nil {
+		if head.xattrs, err = r.xattrs(at, name, r.attrs); err != nil {
 			return f, false, err
 		}
 		r.head = head.appendTo(r.head[:0])
 		s := sha256.Sum256(r.head)
 		f.digest = &s
 	}
-	if err := lstat(at, name, &after); err != nil {
+	if err := r.lstat(at, name, &after); err != nil {
 		return f, false, err
 	}
 	return f, same(&st, &after), nil
@@ -167,17 +153,17 @@ func same(a, b *unix.Stat_t) bool {
 // file reads what is probably a regular file. It is opened so that nothing
 // else blocks or has an effect: a link is not followed, a FIFO does not wait.
 func (r *reader) file(at int, name string) (f facts, ok bool, err error) {
-	fd, err := openat(at, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY)
+	fd, err := r.openAt(at, name, fsat.ForReading)
 	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
 		return f, false, nil // a link or a socket: hint is now unknown
 	}
 	if err != nil {
 		return f, false, err
 	}
-	defer unix.Close(fd)
+	defer fsat.Close(fd)
 	started := r.now()
 	var st, after unix.Stat_t
-	if err := fstat(fd, &st); err != nil {
+	if err := r.fstat(fd, &st); err != nil {
 		return f, false, err
 	}
 	f = factsOf(&st, started)
@@ -185,7 +171,7 @@ func (r *reader) file(at int, name string) (f facts, ok bool, err error) {
 		return f, false, nil
 	}
 	head := r.header(&st)
-	if head.xattrs, err = (place{fd: fd}).xattrs(r.attrs); err != nil {
+	if head.xattrs, err = r.xattrs(fd, "", r.attrs); err != nil {
 		return f, false, err
 	}
 	r.head = head.appendTo(r.head[:0])
@@ -195,7 +181,7 @@ func (r *reader) file(at int, name string) (f facts, ok bool, err error) {
 	if err != nil {
 		return f, false, err
 	}
-	if err := fstat(fd, &after); err != nil {
+	if err := r.fstat(fd, &after); err != nil {
 		return f, false, err
 	}
 	var s sum
@@ -217,10 +203,7 @@ func (r *reader) content(fd int, size int64) (int64, error) {
 			return total, context.Canceled
 		default:
 		}
-		n, err := unix.Read(fd, r.buf)
-		if err == unix.EINTR {
-			continue
-		}
+		n, err := r.pread(fd, r.buf, total)
 		if err != nil {
 			return total, err
 		}

@@ -6,6 +6,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // Root is the directory that holds the files of a snapshot, for as long as
@@ -34,6 +36,9 @@ func (r *Root) OnClose(then func()) *Root {
 	}
 	return r
 }
+
+// at is the directory as the place of other calls.
+func (r *Root) at() *fsat.Root { return fsat.RootAt(int(r.dir.Fd())) }
 
 func (r *Root) close() error {
 	err := r.dir.Close()

@@ -21,10 +21,11 @@ type Tree struct {
 	busy chan struct{}
 	// workers is how many goroutines read files at once. Fixed.
 	workers int
-	// pageTarget is the size of stored pages, now the clock in nanoseconds.
-	// Fixed; tests choose others.
+	// pageTarget is the size of stored pages, now the clock in nanoseconds,
+	// fault that of files. Fixed; tests choose others.
 	pageTarget int
 	now        func() int64
+	fault      func(call string) error
 	// readers are the buffers of workers that are not at work.
 	readers sync.Pool
 

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"sync"
 
-	"golang.org/x/sys/unix"
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // Verified is what Verify found.
@@ -47,7 +47,7 @@ func (t *Tree) Verify(ctx context.Context, open Opener, pick func(path string) b
 	p := newPool(t.workers, func() *reader { return t.borrow(ctx) }, t.giveBack)
 	for dir, files := range dirs {
 		p.push(func(rd *reader) error {
-			got, err := verifyDir(rd, rootDir{int(root.dir.Fd())}, dir, files)
+			got, err := verifyDir(rd, root.at(), dir, files)
 			mu.Lock()
 			defer mu.Unlock()
 			v.Files += got.Files
@@ -92,8 +92,8 @@ func (t *Tree) knownFiles(pick func(string) bool) (dirs map[string][]known, unkn
 	return dirs, unknown
 }
 
-func verifyDir(rd *reader, root rootDir, dir string, files []known) (v Verified, err error) {
-	fd, err := root.openDir(dir)
+func verifyDir(rd *reader, root *fsat.Root, dir string, files []known) (v Verified, err error) {
+	fd, err := rd.openDir(root, dir)
 	if err != nil && !moved(err) {
 		return v, failed("open", dir, err)
 	}
@@ -116,7 +116,7 @@ func verifyDir(rd *reader, root rootDir, dir string, files []known) (v Verified,
 		}
 	}
 	if fd >= 0 {
-		err = errors.Join(err, unix.Close(fd))
+		fsat.Close(fd)
 	}
 	return v, err
 }

@@ -39,6 +39,10 @@ func OpenRoot(dir string) (*Root, error) {
 	return &Root{fd: fd}, nil
 }
 
+// RootAt is a Root for a directory that is open already. Whoever opened it
+// closes it, after the last use of the Root.
+func RootAt(fd int) *Root { return &Root{fd: fd} }
+
 // Fd is the descriptor of the directory itself.
 func (r *Root) Fd() int { return r.fd }
 
@@ -164,21 +168,13 @@ func Lstat(at int, name string, st *unix.Stat_t) error {
 	}
 }
 
-// Names appends the names in the directory fd, without "." and "..", to names
-// in no order. buf is scratch space of some 32 KiB.
-func Names(fd int, buf []byte, names []string) ([]string, error) {
+// Fstat looks at an open file, one opened with O_PATH too.
+func Fstat(fd int, st *unix.Stat_t) error {
 	for {
-		n, err := unix.Getdents(fd, buf)
-		if err == unix.EINTR {
-			continue
+		err := unix.Fstat(fd, st)
+		if err != unix.EINTR {
+			return err
 		}
-		if err != nil {
-			return names, err
-		}
-		if n <= 0 {
-			return names, nil
-		}
-		_, _, names = unix.ParseDirent(buf[:n], -1, names)
 	}
 }
 

@@ -47,16 +47,28 @@ const (
 // there are none or the file system has none. path is set for descriptors
 // opened with O_PATH, on which the kernel refuses the direct calls.
 func Xattrs(fd int, path, root bool) ([]Xattr, error) {
-	names, err := listXattrs(fd, path)
+	return xattrs(openFile(fd, path), nil, func(name string) bool { return Kept(name, root) })
+}
+
+// XattrsAt reads the attributes that keep wants of an entry of the directory
+// at, of a link itself if it is one, or with an empty name of the open file at;
+// sorted by name, nil where there are none or the file system has none. It needs
+// /proc for entries. scratch, if it is not empty, saves memory.
+func XattrsAt(at int, name string, scratch []byte, keep func(name string) bool) ([]Xattr, error) {
+	return xattrs(entryOf(at, name), scratch, keep)
+}
+
+func xattrs(f attrFile, scratch []byte, keep func(name string) bool) ([]Xattr, error) {
+	names, err := f.names(scratch)
 	if err != nil || len(names) == 0 {
 		return nil, err
 	}
 	var out []Xattr
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
-		if !Kept(name, root) {
+		if !keep(name) {
 			continue
 		}
-		value, err := getXattr(fd, path, name)
+		value, err := f.value(name)
 		if errors.Is(err, unix.ENODATA) {
 			continue // removed meanwhile
 		}
@@ -72,7 +84,7 @@ func Xattrs(fd int, path, root bool) ([]Xattr, error) {
 // XattrNames lists the extended attributes of an open file, or with path set of
 // one opened with O_PATH; none where the file system has none.
 func XattrNames(fd int, path bool) ([]string, error) {
-	names, err := listXattrs(fd, path)
+	names, err := openFile(fd, path).names(nil)
 	if err != nil || len(names) == 0 {
 		return nil, err
 	}
@@ -81,42 +93,86 @@ func XattrNames(fd int, path bool) ([]string, error) {
 
 // GetXattr reads one extended attribute; ENODATA if there is none of that name.
 func GetXattr(fd int, path bool, name string) ([]byte, error) {
-	return getXattr(fd, path, name)
+	return openFile(fd, path).value(name)
 }
 
-func listXattrs(fd int, path bool) ([]byte, error) {
-	return grow(func(buf []byte) (int, error) {
-		if path {
-			return unix.Listxattr(ProcPath(fd), buf)
-		}
-		return unix.Flistxattr(fd, buf)
-	})
+// GetXattrAt is GetXattr for a file that is named as in XattrsAt.
+func GetXattrAt(at int, entry, name string) ([]byte, error) {
+	return entryOf(at, entry).value(name)
 }
 
-func getXattr(fd int, path bool, name string) ([]byte, error) {
-	return grow(func(buf []byte) (int, error) {
-		if path {
-			return unix.Getxattr(ProcPath(fd), name, buf)
-		}
-		return unix.Fgetxattr(fd, name, buf)
-	})
+// attrFile names a file for the calls on its attributes: by a descriptor or, if
+// that will not do, by a path in /proc.
+type attrFile struct {
+	fd   int
+	path string
+	// link says that path names the file itself, should it be a link.
+	link bool
+}
+
+func openFile(fd int, path bool) attrFile {
+	if path {
+		return attrFile{path: ProcPath(fd)}
+	}
+	return attrFile{fd: fd}
+}
+
+func entryOf(at int, name string) attrFile {
+	if name == "" {
+		return attrFile{fd: at}
+	}
+	return attrFile{path: ProcPath(at) + "/" + name, link: true}
+}
+
+func (f attrFile) list(buf []byte) (int, error) {
+	switch {
+	case f.path == "":
+		return unix.Flistxattr(f.fd, buf)
+	case f.link:
+		return unix.Llistxattr(f.path, buf)
+	default:
+		return unix.Listxattr(f.path, buf)
+	}
+}
+
+func (f attrFile) get(name string, buf []byte) (int, error) {
+	switch {
+	case f.path == "":
+		return unix.Fgetxattr(f.fd, name, buf)
+	case f.link:
+		return unix.Lgetxattr(f.path, name, buf)
+	default:
+		return unix.Getxattr(f.path, name, buf)
+	}
+}
+
+// names reads the list of names, in buf if that is large enough.
+func (f attrFile) names(buf []byte) ([]byte, error) {
+	names, err := grow(buf, f.list)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
+		return nil, nil // this file system has none
+	}
+	return names, err
+}
+
+func (f attrFile) value(name string) ([]byte, error) {
+	return grow(nil, func(buf []byte) (int, error) { return f.get(name, buf) })
 }
 
 // grow calls read with larger buffers until the answer fits. The kernel's
 // limit for a list and for a value is 64 KiB.
-func grow(read func([]byte) (int, error)) ([]byte, error) {
-	var small [256]byte
-	buf := small[:]
+func grow(buf []byte, read func([]byte) (int, error)) ([]byte, error) {
+	if len(buf) == 0 {
+		buf = make([]byte, 256)
+	}
 	for {
 		n, err := read(buf)
 		switch {
 		case err == nil:
-			return bytes.Clone(buf[:n]), nil
+			return buf[:n], nil
 		case errors.Is(err, unix.EINTR):
 		case errors.Is(err, unix.ERANGE) && len(buf) < 1<<20:
-			buf = make([]byte, max(4096, 4*len(buf)))
-		case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOSYS):
-			return nil, nil
+			buf = make([]byte, 4*len(buf))
 		default:
 			return nil, err
 		}
