@@ -2,7 +2,9 @@ package bench_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"maps"
 	"os"
 	"os/exec"
@@ -268,4 +270,25 @@ func TestTransactionsAreCounted(t *testing.T) {
 	require.NoError(t, os.WriteFile(short, []byte("no database"), 0o600))
 	_, err = bench.Transactions([]string{short})
 	require.ErrorContains(t, err, short)
+}
+
+// TestStateOnlyForWhoAsksForRecords has a large state that is never built.
+func TestStateOnlyForWhoAsksForRecords(t *testing.T) {
+	var built []string
+	c := bench.Config{
+		Openers: []bench.Opener{slowed(bench.Ours, 0)}, Dir: t.TempDir(), Sizes: []int{1000, 1_000_000_000}, Files: 50, Rounds: 1,
+		Progress: func(what string) {
+			if strings.HasPrefix(what, "building ") {
+				built = append(built, what)
+			}
+		},
+	}
+	c.Only = []string{"checksum-memory"}
+	require.NoError(t, bench.Run(t.Context(), c, func(bench.Result) error { return nil }))
+	require.Equal(t, []string{"building 11 records"}, built)
+
+	// Operations of the command need no other cache.
+	c.Only = []string{"run-noop", "run-first"}
+	c.Openers[0].Open = func(context.Context, string) (bench.Subject, error) { return nil, errors.New("opened") }
+	require.NoError(t, bench.Run(t.Context(), c, func(bench.Result) error { return nil }))
 }

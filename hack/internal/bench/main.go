@@ -132,8 +132,8 @@ func parse(args []string, env Environment) (*settings, error) {
 	flags.StringVar(&s.Dir, "dir", "", "the `directory` in which states are built; the system's for temporary files if empty")
 	flags.StringVar(&s.disk, "disk", "", "loop: a new ext4 file system in a file below the directory, for which root is needed")
 	flags.IntVar(&s.Rounds, "rounds", 0, "the `number` of samples of each operation; 40, or 15 with --quick, if zero")
-	flags.Func("sizes", "the `numbers` of records in the states, ascending, with commas; 1000,10000, or 1000 with --quick", s.parseSizes)
-	flags.IntVar(&s.Files, "files", 0, "the `number` of files of the trees whose content hashes are asked for; 50000, or 5000 with --quick, if zero")
+	flags.Func("sizes", "the `numbers` of records in the states of operations that ask for records, ascending, with commas; 1000,10000, or 1000 with --quick", s.parseSizes)
+	flags.IntVar(&s.Files, "files", 0, "the `number` of files of the trees that are hashed or run in; 50000, or 5000 with --quick, if zero")
 	flags.Func("only", "measure only the operation `NAME`; may be given several times, or with commas", func(v string) error {
 		s.Only = append(s.Only, strings.Split(v, ",")...)
 		return nil

@@ -103,12 +103,22 @@ func Run(ctx context.Context, c Config, report func(Result) error) (err error) {
 		if len(now) == 0 {
 			continue
 		}
+		if !slices.ContainsFunc(now, operation.wantsState) {
+			size = fewestRecords
+		}
 		if err := c.runSize(ctx, dir, size, now, report); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// fewestRecords is the size of the state where nobody asks for records: what
+// these operations measure they make themselves.
+const fewestRecords = chain + 1
+
+// wantsState says that what is measured depends on the records in the state.
+func (op operation) wantsState() bool { return op.sizes == nil && op.ours == nil }
 
 func choose(only []string) ([]operation, error) {
 	ops := operations()
@@ -134,8 +144,12 @@ type contender struct {
 
 // runSize builds a state of size records for each subject and measures ops on it.
 func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operation, report func(Result) error) (err error) {
+	openers := c.Openers
+	if !slices.ContainsFunc(ops, func(op operation) bool { return op.ours == nil }) {
+		openers = nil // the command makes its own stores
+	}
 	c.progress(fmt.Sprintf("building %d records", size))
-	worlds, err := c.build(ctx, dir, size)
+	worlds, err := build(ctx, openers, dir, size)
 	defer func() {
 		for _, w := range worlds {
 			err = errors.Join(err, w.close(ctx))
@@ -230,10 +244,10 @@ func (op operation) contenders(all []contender) []contender {
 
 // build makes the states of all subjects at once. Those that it made are
 // returned with the error of another, too.
-func (c *Config) build(ctx context.Context, dir string, size int) ([]*world, error) {
-	worlds := make([]*world, len(c.Openers))
-	err := together(len(c.Openers), func(i int) (err error) {
-		worlds[i], err = newWorld(ctx, c.Openers[i], dir, size)
+func build(ctx context.Context, openers []Opener, dir string, size int) ([]*world, error) {
+	worlds := make([]*world, len(openers))
+	err := together(len(openers), func(i int) (err error) {
+		worlds[i], err = newWorld(ctx, openers[i], dir, size)
 		return err
 	})
 	return slices.DeleteFunc(worlds, func(w *world) bool { return w == nil }), err
