@@ -237,10 +237,10 @@ func (b *blobStore) drop(ctx context.Context, digests []digest.Digest) (freed ma
 	freed = map[digest.Digest]int64{}
 	for _, d := range digests {
 		was, err := b.occupied(ctx, d)
-		if err == nil {
-			err = b.suspect(ctx, d)
-		}
 		if err != nil {
+			b.m.log.Warn("a blob could not be measured", "digest", d, "error", err)
+		}
+		if err := b.suspect(ctx, d); err != nil {
 			b.m.log.Warn("a blob without a record could not be removed", "digest", d, "error", err)
 			continue
 		}
