@@ -107,6 +107,9 @@ func dump(t *testing.T, root string) []string {
 			return nil
 		}))
 	}
+	if list, err := os.ReadFile(filepath.Join(root, "snapshots", "adopted")); err == nil {
+		lines = append(lines, string(list))
+	}
 	m := open(t, root)
 	for rec, err := range m.Records(t.Context()) {
 		require.NoError(t, err)

@@ -95,7 +95,7 @@ func (b *planner) owners() map[string]*buildkit.Row {
 // snapshot is a snapshot by name, if its data is here and it is of the kind.
 func (b *planner) snapshot(name string, kind buildkit.Kind) *buildkit.Snapshot {
 	snap := b.s.Snapshots[name]
-	if snap == nil || snap.Kind != kind || !snap.Present || snap.Follows || snap.Remote() {
+	if snap == nil || snap.Kind != kind || !snap.Present || snap.Remote() {
 		return nil
 	}
 	return snap
@@ -110,8 +110,6 @@ func (b *planner) lacks(name string, kind buildkit.Kind) string {
 		return "its data is kept by a remote snapshotter, not here"
 	case !snap.Present:
 		return "the data of its snapshot is gone"
-	case snap.Follows:
-		return "its snapshot holds redirected directories or files without data, which only the old daemon's mounts can show"
 	default:
 		return fmt.Sprintf("its snapshot is %s, not %s", snap.Kind, kind)
 	}

@@ -87,9 +87,6 @@ func TestReopenAdopted(t *testing.T) {
 			rec, err := m.Lookup(t.Context(), cache.ID(fold.Immutable))
 			require.NoError(t, err)
 			require.Equal(t, key, rec.Key)
-			data, err := os.Readlink(filepath.Join(worker, "snapshots", "active", key, "fs"))
-			require.NoError(t, err)
-
 			mut, err := m.GetMutable(t.Context(), cache.ID(fold.Immutable))
 			require.NoError(t, err)
 			require.NotEqual(t, fold.Immutable, string(mut.ID()))
@@ -105,6 +102,8 @@ func TestReopenAdopted(t *testing.T) {
 			listing, err := legacytest.Listing(mount.Path())
 			require.NoError(t, err)
 			require.Equal(t, r.Tree, legacytest.Sum(listing))
+			data, err := os.Readlink(filepath.Join(worker, "snapshots", "active", key, "fs"))
+			require.NoError(t, err)
 			require.NoError(t, os.WriteFile(filepath.Join(mount.Path(), "new-file"), []byte("x"), 0o644))
 			require.NoError(t, mount.Unmount())
 			imm, err := mut.Commit(t.Context())

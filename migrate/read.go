@@ -30,7 +30,7 @@ func read(ctx context.Context, dir string) (_ *buildkit.State, _ *Plan, err erro
 	if err != nil {
 		return nil, nil, err
 	}
-	class, err := scan(ctx, s)
+	class, err := attributes(ctx, s)
 	if err != nil {
 		return nil, nil, fmt.Errorf("look for marks of overlayfs: %w", err)
 	}

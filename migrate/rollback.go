@@ -87,7 +87,9 @@ type retreat struct {
 	p     *Plan
 	// adopted is the digest of what the migration took over.
 	adopted string
-	aside   string
+	// dataOf says where the data of an adopted snapshot is.
+	dataOf func(key string, kind snapshots.Kind) (string, error)
+	aside  string
 }
 
 func rollback(ctx context.Context, r *RollbackReport, o Options) (err error) {
@@ -193,6 +195,9 @@ func (b *retreat) read(ctx context.Context) error {
 // lists what came since.
 func (b *retreat) compare(ctx context.Context) (made []cache.Record, err error) {
 	var reasons []string
+	if b.dataOf, err = snapshot.AdoptedDirs(b.root); err != nil {
+		return nil, err
+	}
 	err = b.store.View(ctx, func(tx *metadata.Tx) error {
 		planned := map[metadata.ID]bool{}
 		for _, it := range b.p.items {
@@ -260,7 +265,7 @@ func (b *retreat) dataDiffers(it *item) (string, error) {
 	if it.snap.Kind == buildkit.Active {
 		kind = snapshots.KindActive
 	}
-	data, err := snapshot.AdoptedDir(b.root, it.rec.Key, kind)
+	data, err := b.dataOf(it.rec.Key, kind)
 	if errors.Is(err, errdefs.ErrNotFound) || err == nil && data != it.snap.Dir {
 		return "has other data than it had", nil
 	}
@@ -329,7 +334,7 @@ func ours() []string {
 	return []string{
 		"clean", "dirty", "holds", "mounts", "blobs", cache.StoreFile + ".holder",
 		"snapshots/driver", "snapshots/new", "snapshots/active", "snapshots/committed", "snapshots/trash",
-		"snapshots/empty", "snapshots/l",
+		"snapshots/empty", "snapshots/l", "snapshots/adopted",
 	}
 }
 

@@ -6,9 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
-	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -17,91 +15,65 @@ import (
 	"github.com/lamina-build/lamina/snapshot"
 )
 
-// marks are what overlayfs left in the attributes of a layer.
-type marks struct {
-	trusted, user bool
-	// follows says that the layer holds a redirected directory or a file
-	// without its data: it shows what it should only over the layers that it was
-	// made over, and with options that trust such marks.
-	follows bool
-}
+// scanned bounds how many directories are looked at for marks. Most daemons
+// leave one with the first directory that a build replaces.
+const scanned = 2000
 
-// scan looks for marks of overlayfs in the layers that may be adopted. It sets
-// what the state cannot know from the databases, and returns the class of
-// attributes that the layers were made with.
-func scan(ctx context.Context, s *buildkit.State) (class string, err error) {
+// attributes is the class of the extended attributes with which overlayfs
+// marked the layers, empty for a snapshotter that has none. Layers of a daemon
+// without root have those of the class user. What its databases do not tell by
+// their owner, as when they were copied, the layers may: those of one class
+// alone decide.
+//
+// Nobody reads all layers here: what else in them matters to a mount is looked
+// for by the driver, when it first uses one.
+func attributes(ctx context.Context, s *buildkit.State) (class string, err error) {
 	if s.Snapshotter != buildkit.Overlayfs {
 		return "", nil
 	}
-	var layers []*buildkit.Snapshot
-	for _, snap := range s.Snapshots {
-		if snap.Present && snap.Kind != buildkit.View {
-			layers = append(layers, snap)
+	if class := snapshot.DefaultAttributes(); class == snapshot.User {
+		return class, nil // nothing else can be mounted
+	}
+	var m marks
+	left := scanned
+	for _, snap := range s.Ordered() {
+		if !snap.Present || snap.Kind == buildkit.View {
+			continue
+		}
+		if err := m.scan(ctx, filepath.Join(s.DataDir(snap.Dir), "fs"), &left); err != nil {
+			return "", err
+		}
+		if m.trusted || left <= 0 {
+			break
 		}
 	}
-	var (
-		mu   sync.Mutex
-		all  marks
-		errs []error
-		next int
-		wg   sync.WaitGroup
-	)
-	for range min(runtime.NumCPU(), 8) {
-		wg.Go(func() {
-			for {
-				mu.Lock()
-				i := next
-				next++
-				stop := i >= len(layers) || len(errs) > 0
-				mu.Unlock()
-				if stop {
-					return
-				}
-				m, err := scanLayer(ctx, filepath.Join(s.DataDir(layers[i].Dir), "fs"))
-				mu.Lock()
-				layers[i].Follows = m.follows
-				all.trusted, all.user = all.trusted || m.trusted, all.user || m.user
-				if err != nil {
-					errs = append(errs, err)
-				}
-				mu.Unlock()
-			}
-		})
-	}
-	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
+	owner, err := os.Stat(filepath.Join(s.Dir, s.Files[0].Name))
+	if err != nil {
 		return "", err
 	}
-	switch {
-	case all.user && !all.trusted, os.Geteuid() != 0:
+	st, ok := owner.Sys().(*syscall.Stat_t)
+	if !m.trusted && (m.user || ok && st.Uid != 0) {
 		return snapshot.User, nil
 	}
 	return snapshot.Trusted, nil
 }
 
-// scanLayer looks at each directory, and at each file that has a size and no
-// data: nothing else has a mark that matters.
-func scanLayer(ctx context.Context, dir string) (m marks, err error) {
+// marks are what overlayfs left in the attributes of layers.
+type marks struct{ trusted, user bool }
+
+// scan looks at the directories of a layer, as long as some are left to look
+// at.
+func (m *marks) scan(ctx context.Context, dir string, left *int) error {
 	names := make([]byte, 4<<10)
-	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil {
-			err = ctx.Err()
+			err = context.Cause(ctx)
 		}
-		if err != nil {
+		if err != nil || !d.IsDir() {
 			return err
 		}
-		switch {
-		case d.IsDir():
-		case d.Type().IsRegular():
-			info, err := d.Info()
-			if err != nil {
-				return err
-			}
-			if st, ok := info.Sys().(*syscall.Stat_t); !ok || st.Blocks > 0 || st.Size == 0 {
-				return nil
-			}
-		default:
-			return nil
+		if *left--; *left < 0 || m.trusted {
+			return fs.SkipAll
 		}
 		n, err := unix.Llistxattr(path, names)
 		for errors.Is(err, unix.ERANGE) {
@@ -115,22 +87,9 @@ func scanLayer(ctx context.Context, dir string) (m marks, err error) {
 			return &os.PathError{Op: "listxattr", Path: path, Err: err}
 		}
 		for name := range strings.SplitSeq(string(names[:n]), "\x00") {
-			m.see(name)
+			m.trusted = m.trusted || strings.HasPrefix(name, "trusted.overlay.")
+			m.user = m.user || strings.HasPrefix(name, "user.overlay.")
 		}
 		return nil
 	})
-	return m, err
-}
-
-func (m *marks) see(name string) {
-	mark, trusted := strings.CutPrefix(name, "trusted.overlay.")
-	if !trusted {
-		var user bool
-		if mark, user = strings.CutPrefix(name, "user.overlay."); !user {
-			return
-		}
-		m.user = true
-	}
-	m.trusted = m.trusted || trusted
-	m.follows = m.follows || mark == "redirect" || mark == "metacopy"
 }

@@ -8,6 +8,7 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,11 +17,10 @@ import (
 )
 
 // Adopted is a snapshot whose data stands in snapshots/snapshots/<Dir>, where
-// another snapshotter made it. Its entry is one as any other, but for links
-// that lead there: the data is not moved.
+// another snapshotter made it. The data is not moved.
 type Adopted struct {
-	// Key is its key here, Parent that of a committed one that was adopted
-	// before, empty for none.
+	// Key is its key here, Parent that of a committed one that is adopted, too,
+	// empty for none.
 	Key, Parent string
 	// Kind is KindActive or KindCommitted.
 	Kind snapshots.Kind
@@ -28,11 +28,11 @@ type Adopted struct {
 	// (active only) work; for Native it is the tree itself.
 	Dir              string
 	Created, Updated time.Time
-	Labels           map[string]string
 	Usage            snapshots.Usage
 	// Bound, if it is not empty, says why the layer makes sense over its own
-	// parent only: it has overlayfs's marks redirect or metacopy. It is
-	// mounted so that they are followed, and never stacked.
+	// parent only. It is mounted so that overlayfs's marks redirect and metacopy
+	// are followed, and never stacked. If it is empty, the layer is looked
+	// through for such marks before it is first used.
 	Bound string
 }
 
@@ -40,6 +40,9 @@ type Adopted struct {
 // snapshotter, with o as for Open. Whatever an earlier Adopt made there is
 // replaced. The data directories in discard become removals, whose bytes go
 // with the first Cleanup or settling.
+//
+// All snapshots are named in one file; each gets its entry when it is first
+// used. So this costs no inode a snapshot, and nobody looks at their data.
 //
 // Nothing in the data directories is changed, and nothing is synced. It must
 // not be called while a driver has the tree open.
@@ -54,18 +57,13 @@ func Adopt(ctx context.Context, root string, o Options, entries iter.Seq[Adopted
 	}
 	t := treeOf(d)
 	err = t.settleNew(ctx)
-	for a := range entries {
+	if err == nil {
+		err = t.adoptAll(ctx, entries)
+	}
+	for _, dir := range discard {
 		if err == nil {
 			err = context.Cause(ctx)
 		}
-		if err != nil {
-			break
-		}
-		if err = t.adopt(a); err != nil {
-			err = fmt.Errorf("adopt snapshot %q: %w", a.Key, err)
-		}
-	}
-	for _, dir := range discard {
 		if err == nil {
 			err = t.adoptTrash(dir)
 		}
@@ -83,42 +81,61 @@ func treeOf(d Driver) *tree {
 	return nil // open gives no other
 }
 
-// adopt makes one entry, in its place: nobody looks before all are made.
-func (t *tree) adopt(a Adopted) error {
-	if err := requireKey(a.Key); err != nil {
-		return err
-	}
-	if err := t.step("adopt.entry"); err != nil {
-		return err
-	}
-	e := entry{dirCommitted, encodeKey(a.Key)}
-	if a.Kind == snapshots.KindActive {
-		e.dir = dirActive
-	}
-	s := state{
-		Parent: text(a.Parent), Created: nanos(a.Created), Updated: nanos(a.Updated),
-		Sealed: e.dir == dirCommitted, Bound: text(a.Bound),
-	}
-	if err := t.bind(&s); err != nil {
-		return err
-	}
-	if s.Sealed {
-		s.Usage = &usage{Inodes: a.Usage.Inodes, Size: a.Usage.Size}
-	}
-	if hashed(e.name) {
-		s.Key = text(a.Key)
-	}
-	s.setLabels(a.Labels)
-	path := t.at(e)
-	if err := t.adoptData(path, a.Dir, e.dir == dirActive); err != nil {
-		return err
-	}
-	if a.Parent != "" {
-		if err := t.join(a.Parent, path, 0); err != nil {
+// adoptAll writes the list, in the order of the names, under another name
+// first.
+func (t *tree) adoptAll(ctx context.Context, entries iter.Seq[Adopted]) (err error) {
+	var all []adoption
+	for a := range entries {
+		if err := context.Cause(ctx); err != nil {
 			return err
 		}
+		line, err := adoptionOf(a)
+		if err != nil {
+			return fmt.Errorf("adopt snapshot %q: %w", a.Key, err)
+		}
+		all = append(all, line)
 	}
-	return createState(filepath.Join(path, "info"), s)
+	if len(all) == 0 {
+		return nil
+	}
+	slices.SortFunc(all, func(a, b adoption) int { return strings.Compare(a.name, b.name) })
+	const usual = 160 // bytes of a line
+	list := make([]byte, 0, usual*len(all))
+	for i, a := range all {
+		if i > 0 && all[i-1].name == a.name {
+			return fmt.Errorf("two adopted snapshots are called %s: %w", a.name, errdefs.ErrAlreadyExists)
+		}
+		list = a.append(list)
+	}
+	if err := t.step("adopt.list"); err != nil {
+		return err
+	}
+	next := t.adoptions.path + ".new"
+	if err := writeFile(next, os.O_TRUNC, list); err != nil {
+		return errors.Join(err, ignoreNotExist(os.Remove(next)))
+	}
+	if err := t.step("adopt.named"); err != nil {
+		return err
+	}
+	return os.Rename(next, t.adoptions.path)
+}
+
+func adoptionOf(a Adopted) (adoption, error) {
+	if err := requireKey(a.Key); err != nil {
+		return adoption{}, err
+	}
+	if err := requireDataDir(a.Dir); err != nil {
+		return adoption{}, err
+	}
+	line := adoption{
+		name: encodeKey(a.Key), dir: a.Dir, active: a.Kind == snapshots.KindActive, parent: a.Parent,
+		created: nanos(a.Created), updated: nanos(a.Updated), bound: a.Bound,
+		inodes: a.Usage.Inodes, size: a.Usage.Size,
+	}
+	if hashed(line.name) {
+		line.key = a.Key
+	}
+	return line, nil
 }
 
 // nanos are those since 1970, 0 for a time that is not known.
@@ -129,10 +146,17 @@ func nanos(t time.Time) int64 {
 	return t.UnixNano()
 }
 
-// adoptData makes an entry's directory with the links to its data.
-func (t *tree) adoptData(path, dir string, writable bool) error {
+func requireDataDir(dir string) error {
 	if dir == "" || dir == "." || dir == ".." || strings.ContainsRune(dir, '/') {
 		return fmt.Errorf("data directory %q: %w", dir, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// linkData makes an entry's directory with the links to its data.
+func (t *tree) linkData(path, dir string, writable bool) error {
+	if err := requireDataDir(dir); err != nil {
+		return err
 	}
 	if err := os.Mkdir(path, 0o700); err != nil {
 		return err
@@ -155,16 +179,16 @@ func (t *tree) adoptTrash(dir string) error {
 	}
 	e := entry{dirTrash, encodeKey("adopted-"+dir) + "~aADOPTED"}
 	path := t.at(e)
-	if err := t.adoptData(path, dir, false); err != nil {
+	if err := t.linkData(path, dir, false); err != nil {
 		return fmt.Errorf("discard snapshots/%s: %w", dir, err)
 	}
 	now := t.clock().UnixNano()
 	return createState(filepath.Join(path, "info"), state{Created: now, Updated: now})
 }
 
-// Disown removes the entries of adopted snapshots below root, and nothing of
-// their data. Entries with data of their own stay. step, which may be nil, is
-// as Options.Step.
+// Disown removes what was made for adopted snapshots below root, and nothing
+// of their data. Entries with data of their own stay. step, which may be nil,
+// is as Options.Step.
 func Disown(ctx context.Context, root string, step func(string) error) error {
 	t := &tree{dir: filepath.Join(root, "snapshots"), steps: step}
 	for _, dir := range []string{dirNew, dirActive, dirCommitted, dirTrash} {
@@ -184,7 +208,22 @@ func Disown(ctx context.Context, root string, step func(string) error) error {
 			}
 		}
 	}
+	for _, name := range []string{adoptedList, adoptedList + ".new"} {
+		if err := t.step("disown.list"); err != nil {
+			return err
+		}
+		if err := ignoreNotExist(os.Remove(t.path(name))); err != nil {
+			return fmt.Errorf("disown snapshots below %q: %w", root, err)
+		}
+	}
 	return nil
+}
+
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // disown removes an entry that is, or was about to become, adopted: its fs is
@@ -205,21 +244,40 @@ func (t *tree) disown(path string) error {
 	return os.RemoveAll(path) // links are not followed
 }
 
-// AdoptedDir is the data directory, below snapshots/snapshots, of an adopted
-// snapshot in a tree that need not be open. It is not found for a key that is
-// not there, is of the other kind, or has data of its own.
-func AdoptedDir(root, key string, kind snapshots.Kind) (string, error) {
+// AdoptedDirs says where the data of adopted snapshots is, in a tree that need
+// not be open. The function that it returns gives the name of the directory
+// below snapshots/snapshots; it is not found for a key that is not there, is of
+// the other kind, or has data of its own.
+func AdoptedDirs(root string) (func(key string, kind snapshots.Kind) (string, error), error) {
 	t := &tree{dir: filepath.Join(root, "snapshots")}
-	e := entry{dirCommitted, encodeKey(key)}
-	if kind == snapshots.KindActive {
-		e.dir = dirActive
+	t.adoptions.path = t.path(adoptedList)
+	here := map[string]bool{}
+	dirs, err := t.list(dirAdopted)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("adopted snapshots below %q: %w", root, err)
 	}
-	data, err := t.adopted(filepath.Join(t.at(e), "fs"))
-	if err != nil {
-		return "", fmt.Errorf("snapshot %q: %w", key, err)
+	for _, dir := range dirs {
+		here[dir] = true
 	}
-	if ok, err := exists(data); data == "" || err != nil || !ok {
-		return "", errors.Join(err, fmt.Errorf("snapshot %q is not adopted: %w", key, errdefs.ErrNotFound))
-	}
-	return filepath.Base(data), nil
+	return func(key string, kind snapshots.Kind) (string, error) {
+		e := entry{dirCommitted, encodeKey(key)}
+		if kind == snapshots.KindActive {
+			e.dir = dirActive
+		}
+		data, err := t.adopted(filepath.Join(t.at(e), "fs"))
+		if err == nil && data == "" {
+			var a adoption
+			var ok bool
+			if a, ok, err = t.awaited(e.name); ok && a.entry() == e {
+				data = a.dir
+			}
+		}
+		if err != nil {
+			return "", fmt.Errorf("snapshot %q: %w", key, err)
+		}
+		if data = filepath.Base(data); !here[data] {
+			return "", fmt.Errorf("snapshot %q is not adopted: %w", key, errdefs.ErrNotFound)
+		}
+		return data, nil
+	}, nil
 }

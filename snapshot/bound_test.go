@@ -73,15 +73,18 @@ func redirected(t *testing.T) func(dir string) {
 	}
 }
 
-// A layer with redirects and files without data, of which nobody told: it is
-// found when it is to be stacked, and refused, and so are trees of it.
+// A layer that got redirects or files without data when it was in use already:
+// it is found when it is to be stacked, and refused, and so are trees of it.
 func TestUnknownBoundLayer(t *testing.T) {
-	for name, options := range map[string]string{
-		"redirect": "redirect_dir=on,metacopy=off", "both": "redirect_dir=on,metacopy=on",
-	} {
+	for name, mark := range map[string]string{"moved": "redirect", "file": "metacopy"} {
 		t.Run(name, func(t *testing.T) {
-			d := adopted(t, options, redirected(t), "")
+			d := adopted(t, "redirect_dir=off,metacopy=off", func(dir string) {
+				require.NoError(t, os.Mkdir(filepath.Join(dir, "moved"), 0o755))
+				file(t, filepath.Join(dir, "file"), "data")
+			}, "")
 			s := stacker(t, d)
+			layer := upper(t, d, "n")
+			require.NoError(t, unix.Setxattr(filepath.Join(layer, name), "trusted.overlay."+mark, []byte("/d"), 0))
 			err := s.CleanCopy(t.Context(), "n-c", "n")
 			var bound *snapshot.LayerError
 			require.ErrorAs(t, err, &bound)
@@ -101,7 +104,15 @@ func TestUnknownBoundLayer(t *testing.T) {
 // Such layers are mounted with options that follow the marks, and so is what
 // lies over them; merges and differences of them are made from mounts.
 func TestBoundLayers(t *testing.T) {
-	d := adopted(t, "redirect_dir=on,metacopy=on", redirected(t), "has redirects")
+	for name, bound := range map[string]string{"told": "has redirects", "found": ""} {
+		t.Run(name, func(t *testing.T) {
+			testBoundLayers(t, adopted(t, "redirect_dir=on,metacopy=on", redirected(t), bound))
+		})
+	}
+}
+
+func testBoundLayers(t *testing.T, d snapshot.Driver) {
+	t.Helper()
 	s := stacker(t, d)
 	show := func(key string) {
 		t.Helper()

@@ -133,6 +133,20 @@ func children(path string) (n uint64, err error) {
 	}
 }
 
+// requireChildless refuses the removal of a key with children.
+func (t *tree) requireChildless(key, path string) error {
+	// Adopted ones first: one that gets its entry has its link before it is no
+	// longer counted here.
+	n, err := t.awaitedChildren(key)
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		return fmt.Errorf("cannot remove %q, which is the parent of %d adopted: %w", key, n, errdefs.ErrFailedPrecondition)
+	}
+	return requireChildless(key, path)
+}
+
 // requireChildless refuses the removal of an entry with children.
 func requireChildless(key, path string) error {
 	n, err := children(path)

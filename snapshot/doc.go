@@ -17,6 +17,8 @@
 //	snapshots/l/<inode>               short links to fs directories, for mount
 //	                                  options that would be too long
 //	snapshots/snapshots/<n>/          directories adopted from another owner
+//	snapshots/adopted                 which of them are what, until they get an
+//	                                  entry, see below
 //
 // An entry, as each <key> directory is called here, holds
 //
@@ -45,6 +47,22 @@
 // one is as if never written. Commit appends a line that is marked sealed and
 // then renames the entry. Sealed lines count in committed only, the others
 // elsewhere, which makes the rename the moment of the commit.
+//
+// # Adopted snapshots
+//
+// adopted is a list with a line for each snapshot that was adopted, in the
+// order of the names of their entries:
+//
+//	<mark> <name> <key> <n> <a|c> <parent> <bound> <created> <updated> <inodes> <size> <CRC-32C>
+//
+// with names and keys escaped, and "." for what is empty. As long as the mark is
+// "+" the snapshot has no entry, and is as good as one that has: it is listed,
+// its key is taken, its parent cannot be removed. Its first use makes the entry,
+// by one rename as any other, and then sets the mark to "-". A removal before
+// that moves <n> itself to trash/<key>~m<a|c><n>, which needs no room on the
+// disk. An entry counts more than its line, so a kill between the two changes
+// nothing; marks that a power cut lost are found out by Settle, as the data of a
+// snapshot that is in use, in trash or gone is known by its number.
 //
 // # Layers
 //

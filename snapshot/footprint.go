@@ -32,6 +32,9 @@ func (t *tree) Footprint(ctx context.Context, key string) (int64, error) {
 }
 
 func (t *tree) footprint(ctx context.Context, key string) (size int64, err error) {
+	if a, ok, err := t.awaited(encodeKey(key)); err != nil || ok {
+		return t.footprintAwaited(ctx, a, err)
+	}
 	e, s, err := t.load(key)
 	if err != nil {
 		return 0, err
@@ -65,4 +68,17 @@ func (t *tree) footprint(ctx context.Context, key string) (size int64, err error
 		size += used.Size
 	}
 	return size, nil
+}
+
+// footprintAwaited is the footprint of an adopted snapshot without an entry.
+func (t *tree) footprintAwaited(ctx context.Context, a adoption, err error) (size int64, _ error) {
+	if err != nil || t.info.Name == Native {
+		return 0, err // its data directory is its tree
+	}
+	all, err := measure(ctx, t.path(dirAdopted, a.dir))
+	if err != nil {
+		return 0, err
+	}
+	tree, err := measure(ctx, t.path(dirAdopted, a.dir, "fs"))
+	return all.Size - tree.Size, err
 }

@@ -16,7 +16,7 @@ import (
 
 // Stat implements snapshots.Snapshotter.
 func (t *tree) Stat(_ context.Context, key string) (snapshots.Info, error) {
-	e, s, err := t.load(key)
+	e, s, err := t.look(key)
 	if err != nil {
 		return snapshots.Info{}, fmt.Errorf("stat: %w", err)
 	}
@@ -76,7 +76,10 @@ func (t *tree) update(info snapshots.Info, fieldpaths []string) (snapshots.Info,
 // Usage implements snapshots.Snapshotter. It is measured for active
 // snapshots, known for committed ones, and zero for views.
 func (t *tree) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
-	e, s, err := t.load(key)
+	e, s, err := t.look(key)
+	if err == nil && e.kind(s) == snapshots.KindActive {
+		e, s, err = t.load(key) // to be measured it must be there
+	}
 	if err != nil {
 		return snapshots.Usage{}, fmt.Errorf("usage: %w", err)
 	}
@@ -114,7 +117,7 @@ func (t *tree) Mounts(_ context.Context, key string) ([]mount.Mount, error) {
 }
 
 // Walk implements snapshots.Snapshotter, in the order of the directory
-// names, active ones first. Names that come or go meanwhile may be left out;
+// names, active ones first, adopted ones without an entry behind the others. Names that come or go meanwhile may be left out;
 // one that stays is not. An entry whose info is damaged does not hide the
 // others: it is reported at the end.
 func (t *tree) Walk(ctx context.Context, fn snapshots.WalkFunc, fs ...string) error {
@@ -124,14 +127,25 @@ func (t *tree) Walk(ctx context.Context, fn snapshots.WalkFunc, fs ...string) er
 	}
 	// Active names are read first: one that is committed between the two is
 	// then seen under its new name.
-	var entries []entry
+	type seen struct {
+		entry
+		awaited *adoption
+	}
+	var entries []seen
 	for _, dir := range []string{dirActive, dirCommitted} {
 		names, err := t.list(dir)
 		if err != nil {
 			return fmt.Errorf("walk: %w", err)
 		}
 		for _, name := range names {
-			entries = append(entries, entry{dir, name})
+			entries = append(entries, seen{entry: entry{dir, name}})
+		}
+		adopted, err := t.allAwaited(dir, names)
+		if err != nil {
+			return fmt.Errorf("walk: %w", err)
+		}
+		for _, a := range adopted {
+			entries = append(entries, seen{a.entry(), &a})
 		}
 	}
 	var damaged []error
@@ -139,7 +153,7 @@ func (t *tree) Walk(ctx context.Context, fn snapshots.WalkFunc, fs ...string) er
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		info, ok, err := t.visit(e)
+		info, ok, err := t.visit(e.entry, e.awaited)
 		if err != nil {
 			damaged = append(damaged, fmt.Errorf("walk: %w", err))
 		}
@@ -153,11 +167,16 @@ func (t *tree) Walk(ctx context.Context, fn snapshots.WalkFunc, fs ...string) er
 	return errors.Join(damaged...)
 }
 
-func (t *tree) visit(e entry) (info snapshots.Info, ok bool, err error) {
+// visit describes what Walk saw, an adopted snapshot by its line unless it got
+// an entry meanwhile.
+func (t *tree) visit(e entry, awaited *adoption) (info snapshots.Info, ok bool, err error) {
 	if !entryName(e.name) {
 		return snapshots.Info{}, false, nil
 	}
 	s, err := t.stateOf(e)
+	if errors.Is(err, fs.ErrNotExist) && awaited != nil {
+		s, err = awaited.state(), nil
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		if there, thereErr := exists(t.at(e)); there || thereErr != nil {
 			err = fmt.Errorf("%s/%s has no info: %w", e.dir, e.name, errors.Join(errdefs.ErrDataLoss, thereErr))

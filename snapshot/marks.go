@@ -3,9 +3,12 @@ package snapshot
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/continuity/sysx"
@@ -141,4 +144,45 @@ func (m marks) markWhite(dir *os.File) error {
 		return err
 	}
 	return m.set(dir, "origin", "")
+}
+
+// findBound looks for a boundMark in a layer, and says where it is. It looks
+// at directories, and at files that have a size and no data: no other has such
+// a mark.
+func findBound(root string, m marks) (reason text, err error) {
+	root, err = filepath.EvalSymlinks(root)
+	if err != nil {
+		return "", asNotFound(err)
+	}
+	redirect, metacopy := string(m)+"redirect", string(m)+"metacopy"
+	err = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		mark := redirect
+		if !d.IsDir() {
+			if !d.Type().IsRegular() {
+				return nil
+			}
+			info, err := d.Info()
+			if err != nil {
+				return err
+			}
+			if st, ok := info.Sys().(*syscall.Stat_t); !ok || st.Blocks > 0 || st.Size == 0 {
+				return nil
+			}
+			mark = metacopy
+		}
+		_, err = unix.Lgetxattr(path, mark, nil)
+		switch {
+		case err == nil:
+			rel, _ := filepath.Rel(root, path)
+			reason = text(fmt.Sprintf("%s depends on what is below it (%s)", rel, mark))
+			return fs.SkipAll
+		case errors.Is(err, unix.ENODATA), errors.Is(err, unix.EOPNOTSUPP):
+			return nil
+		}
+		return &os.PathError{Op: "getxattr", Path: path, Err: err}
+	})
+	return reason, err
 }

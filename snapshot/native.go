@@ -63,6 +63,8 @@ func (n *native) mount(e entry, s state, target string, readOnly bool) error {
 	return asNotFound(err)
 }
 
+func (n *native) examine(string, *state) error { return nil }
+
 func (n *native) inUse(entry, state) (bool, error) { return false, nil }
 
 func (n *native) tidy(string, bool) (bool, error) { return false, nil }

@@ -97,7 +97,7 @@ func open(ctx context.Context, root string, o Options) (_ Driver, err error) {
 	t := &tree{
 		dir: filepath.Join(root, "snapshots"), steps: o.Step, clock: o.Now, locks: locker.New(),
 		held: map[string]bool{}, making: map[string]bool{}, layers: map[string]layer{},
-		cleaned: map[string]snapshots.Usage{},
+		cleaned: map[string]snapshots.Usage{}, adoptions: adoptions{path: filepath.Join(root, "snapshots", adoptedList)},
 	}
 	if t.clock == nil {
 		t.clock = time.Now
@@ -262,7 +262,7 @@ func (t *tree) decide(ctx context.Context, o Options) (origin, error) {
 	if o.Driver != Native {
 		class := o.Attributes
 		if class == "" {
-			class = defaultAttributes()
+			class = DefaultAttributes()
 		}
 		found, err := t.try(ctx, o, class)
 		switch {
@@ -335,9 +335,9 @@ func kernel() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-// defaultAttributes is the class for whoever runs: trusted attributes need
+// DefaultAttributes is the class of attributes of a new tree for whoever runs: trusted attributes need
 // root in the initial user namespace.
-func defaultAttributes() string {
+func DefaultAttributes() string {
 	if os.Geteuid() == 0 && initialUserNamespace() {
 		return Trusted
 	}

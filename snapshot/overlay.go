@@ -44,6 +44,16 @@ func (o *overlay) check(parent string) error {
 
 func (o *overlay) rebase() error { return nil }
 
+// examine looks for marks by which a layer makes sense over its own parent
+// only: they are not known from the kernel's options alone, as its defaults may
+// have been others when the layer was written.
+func (o *overlay) examine(path string, s *state) (err error) {
+	if s.Bound == "" {
+		s.Bound, err = findBound(path, marksOf(o.info.Attributes))
+	}
+	return err
+}
+
 // describe looks for an opaque root, which an applied layer may have. The
 // kernel does not know such a thing.
 func (o *overlay) describe(path string, s *state) error {

@@ -45,11 +45,14 @@ func (t *tree) detach(key string) (trash entry, err error) {
 		return entry{}, err
 	}
 	defer t.lock(key)()
+	if trash, ok, err := t.detachAwaited(key); ok || err != nil {
+		return trash, err
+	}
 	e, err := t.find(key)
 	if err != nil {
 		return entry{}, err
 	}
-	if err := requireChildless(key, t.at(e)); err != nil {
+	if err := t.requireChildless(key, t.at(e)); err != nil {
 		return entry{}, err
 	}
 	trash = entry{dirTrash, trashName(e)}
@@ -103,6 +106,9 @@ func (t *tree) Discard(_ context.Context, p Pending) error {
 // only place that holds the key.
 func (t *tree) discard(e entry) error {
 	at := t.at(e)
+	if _, going, ok := splitMoved(e.name); ok {
+		return t.discardMoved(e, going)
+	}
 	if ok, err := exists(at); err != nil || !ok {
 		return err
 	}
@@ -174,6 +180,9 @@ func (t *tree) Restore(_ context.Context, p Pending) error {
 
 func (t *tree) restore(e, from entry) error {
 	at := t.at(e)
+	if dir, going, ok := splitMoved(e.name); ok && going != e.name {
+		return t.restoreMoved(e, from, dir)
+	}
 	s, err := readState(filepath.Join(at, "info"), from.dir == dirCommitted)
 	if err != nil {
 		return asNotFound(err)
@@ -227,9 +236,11 @@ func (t *tree) Cleanup(ctx context.Context) error {
 			continue
 		}
 		e := entry{dirTrash, name}
-		if n, err := children(t.at(e)); err != nil || n > 0 {
-			errs = append(errs, err)
-			continue
+		if !moved(name) {
+			if n, err := children(t.at(e)); err != nil || n > 0 {
+				errs = append(errs, err)
+				continue
+			}
 		}
 		errs = append(errs, t.discard(e))
 	}

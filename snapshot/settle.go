@@ -15,10 +15,12 @@ import (
 )
 
 // Settle implements Driver. It reads the directories new, active and trash,
-// and the infos of active entries with a parent, but not the committed ones.
+// and the infos of active entries with a parent, but not the committed ones;
+// as long as there are adopted snapshots without an entry, also where each
+// entry's data is.
 // It may run beside other calls: what these are working on is left alone.
 func (t *tree) Settle(ctx context.Context) error {
-	for _, part := range []func(context.Context) error{t.settleNew, t.settleTrash, t.settleActive} {
+	for _, part := range []func(context.Context) error{t.settleNew, t.settleAdopted, t.settleTrash, t.settleActive} {
 		if err := part(ctx); err != nil {
 			return fmt.Errorf("settle: %w", err)
 		}
@@ -79,6 +81,9 @@ func (t *tree) settleTrash(ctx context.Context) error {
 			e := entry{dirTrash, name}
 			if _, ok := splitTrash(name); !ok || t.marked(&t.held, name) {
 				continue
+			}
+			if moved(name) {
+				continue // it has no children, and is none
 			}
 			n, err := children(t.at(e))
 			if err != nil {
@@ -186,6 +191,15 @@ func (t *tree) Pending(ctx context.Context) ([]Pending, error) {
 			out = append(out, Pending{Key: key, Kind: PendingActive, entry: path.Join(dirActive, name)})
 		}
 	}
+	adopted, err := t.allAwaited(dirActive, names)
+	if err != nil {
+		return nil, fmt.Errorf("pending: %w", err)
+	}
+	for _, a := range adopted {
+		if key, ok := a.fullKey(); ok {
+			out = append(out, Pending{Key: key, Kind: PendingActive, entry: path.Join(dirActive, a.name)})
+		}
+	}
 	names, err = t.list(dirTrash)
 	if err != nil {
 		return nil, fmt.Errorf("pending: %w", err)
@@ -214,6 +228,15 @@ func (t *tree) Committed(ctx context.Context) (keys []string, err error) {
 			return nil, err
 		}
 		if key, ok := t.keyOf(entry{dirCommitted, name}, true); ok {
+			keys = append(keys, key)
+		}
+	}
+	adopted, err := t.allAwaited(dirCommitted, names)
+	if err != nil {
+		return nil, fmt.Errorf("committed: %w", err)
+	}
+	for _, a := range adopted {
+		if key, ok := a.fullKey(); ok {
 			keys = append(keys, key)
 		}
 	}

@@ -41,6 +41,8 @@ type tree struct {
 	clock   func() time.Time
 	locks   *locker.Locker
 
+	adoptions adoptions
+
 	syncMu sync.Mutex
 	synced []*os.File // a descriptor per file system, kept for Sync
 
@@ -88,6 +90,8 @@ type backend interface {
 	// whole is the directory with the whole tree of an entry.
 	whole(e entry, s state) (dir string, ok bool)
 	inUse(e entry, s state) (bool, error)
+	// examine notes what there is to know of the adopted tree at path.
+	examine(path string, s *state) error
 	// describe notes what the layer at path is, which is about to be
 	// committed.
 	describe(path string, s *state) error
@@ -121,6 +125,9 @@ func (t *tree) step(name string) error {
 // rename moves a complete entry to a name that must be free.
 func (t *tree) rename(step string, from, to entry) error {
 	if err := t.step(step); err != nil {
+		return err
+	}
+	if err := t.left(from); err != nil {
 		return err
 	}
 	err := unix.Renameat2(unix.AT_FDCWD, t.at(from), unix.AT_FDCWD, t.at(to), unix.RENAME_NOREPLACE)
@@ -170,13 +177,18 @@ func exists(path string) (bool, error) {
 }
 
 // find is where key is. It looks twice, as Commit may move it from a place
-// not yet seen to one seen already.
+// not yet seen to one seen already. An adopted snapshot gets its entry.
 func (t *tree) find(key string) (entry, error) {
 	if err := requireKey(key); err != nil {
 		return entry{}, err
 	}
 	name := encodeKey(key)
-	for range 2 {
+	for i := range 2 {
+		if i > 0 {
+			if err := t.claim(name); err != nil {
+				return entry{}, fmt.Errorf("snapshot %q: %w", key, err)
+			}
+		}
 		for _, dir := range []string{dirCommitted, dirActive} {
 			e := entry{dir, name}
 			if ok, err := exists(t.at(e)); err != nil {
@@ -195,7 +207,12 @@ func (t *tree) load(key string) (entry, state, error) {
 		return entry{}, state{}, err
 	}
 	name := encodeKey(key)
-	for range 2 {
+	for i := range 2 {
+		if i > 0 {
+			if err := t.claim(name); err != nil {
+				return entry{}, state{}, fmt.Errorf("snapshot %q: %w", key, err)
+			}
+		}
 		for _, dir := range []string{dirCommitted, dirActive} {
 			e := entry{dir, name}
 			s, err := t.stateOf(e)
@@ -236,7 +253,26 @@ func (t *tree) free(key string) error {
 			return fmt.Errorf("snapshot %q: %w", key, errdefs.ErrAlreadyExists)
 		}
 	}
+	if _, ok, err := t.awaited(name); err != nil || ok {
+		return errors.Join(err, fmt.Errorf("adopted snapshot %q: %w", key, errdefs.ErrAlreadyExists))
+	}
 	return nil
+}
+
+// look is load for those who only ask: an adopted snapshot stays without an
+// entry.
+func (t *tree) look(key string) (entry, state, error) {
+	name := encodeKey(key)
+	for _, dir := range []string{dirCommitted, dirActive} {
+		e := entry{dir, name}
+		if s, err := t.stateOf(e); !errors.Is(err, fs.ErrNotExist) {
+			return e, s, err
+		}
+	}
+	if a, ok, err := t.awaited(name); err != nil || ok {
+		return a.entry(), a.state(), err
+	}
+	return t.load(key)
 }
 
 func (e entry) kind(s state) snapshots.Kind {
@@ -258,7 +294,14 @@ func (t *tree) layerOf(name string) (layer, error) {
 	if ok {
 		return l, nil
 	}
-	s, err := t.stateOf(entry{dirCommitted, encodeKey(name)})
+	e := entry{dirCommitted, encodeKey(name)}
+	s, err := t.stateOf(e)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := t.claim(e.name); err != nil {
+			return layer{}, fmt.Errorf("layer %q: %w", name, err)
+		}
+		s, err = t.stateOf(e)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return layer{}, fmt.Errorf("layer %q: %w: %w", name, err, errdefs.ErrNotFound)
 	}

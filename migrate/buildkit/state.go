@@ -84,9 +84,6 @@ type Snapshot struct {
 	Labels           map[string]string
 	// Present says that the data directory is there.
 	Present bool
-	// Follows says that the data can be seen only with overlayfs options that
-	// trust redirects or files without data. Whoever has looked sets it.
-	Follows bool
 }
 
 // Remote says that the data is not in the directory but somewhere else.
@@ -363,7 +360,7 @@ func (s *State) readData() error {
 		there[d.Name()] = d.IsDir()
 	}
 	owned := map[string]*Snapshot{}
-	for _, list := range [][]*Snapshot{s.Unnamed, s.named()} {
+	for _, list := range [][]*Snapshot{s.Unnamed, s.Ordered()} {
 		for _, snap := range list {
 			if other := owned[snap.Dir]; other != nil {
 				return fmt.Errorf("snapshots %q and %q both own directory %s: %w", printable(other.Key), printable(snap.Key), snap.Dir, ErrIncomplete)
@@ -383,8 +380,8 @@ func (s *State) readData() error {
 	return nil
 }
 
-// named are the snapshots with a name, in the order of these.
-func (s *State) named() []*Snapshot {
+// Ordered are the snapshots with a name, in the order of these.
+func (s *State) Ordered() []*Snapshot {
 	list := make([]*Snapshot, 0, len(s.Snapshots))
 	for _, snap := range s.Snapshots {
 		list = append(list, snap)
