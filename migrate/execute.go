@@ -23,13 +23,6 @@ import (
 // unfinished is the name of the new store until it is whole.
 const unfinished = cache.StoreFile + ".migrating"
 
-// Batches bound what is in memory: a transaction takes so many records, and
-// no more attachments than that many bytes, but for the record that is over.
-const (
-	batchRecords = 1000
-	batchBytes   = 8 << 20
-)
-
 // execution makes a plan true.
 type execution struct {
 	s    *buildkit.State
@@ -64,6 +57,9 @@ func (x *execution) run(ctx context.Context) (err error) {
 		return err
 	}
 	if err := x.write(ctx); err != nil {
+		return err
+	}
+	if err := x.verify(ctx); err != nil {
 		return err
 	}
 	if err := x.sync(ctx); err != nil {
@@ -123,82 +119,30 @@ func (x *execution) adopted() iter.Seq[snapshot.Adopted] {
 	}
 }
 
-// write fills the new store and looks at what it wrote.
-func (x *execution) write(ctx context.Context) (err error) {
+// write fills the new store.
+func (x *execution) write(ctx context.Context) error {
 	if err := x.step("migrate.store"); err != nil {
 		return err
 	}
-	store, err := metadata.Open(ctx, x.path(unfinished), metadata.Options{
-		LockTimeout: -1, FlushInterval: -1, Command: "lamina migrate", Now: x.o.now, Step: x.o.Step,
-	})
+	meta, err := x.meta()
 	if err != nil {
 		return err
 	}
-	defer func() {
-		err = errors.Join(err, store.Close(), removeIfThere(x.path(unfinished+".holder")))
-	}()
 	x.done = 0
-	for rest := x.p.items; len(rest) > 0; {
-		n, batch, err := x.batch(rest)
-		if err != nil {
-			return err
-		}
-		if err := x.step("migrate.records"); err != nil {
-			return err
-		}
-		if err := store.Update(ctx, func(tx *metadata.Tx) error { return create(tx, rest[:n], batch) }); err != nil {
-			return err
-		}
-		rest = rest[n:]
-		x.done += n
-		x.progress("writing records")
-	}
-	if err := x.step("migrate.meta"); err != nil {
-		return err
-	}
-	if err := store.Update(ctx, x.describe); err != nil {
-		return err
-	}
-	return x.verify(ctx, store)
+	return metadata.Build(ctx, x.path(unfinished), metadata.Options{Now: x.o.now, Step: x.o.Step}, meta, x.records())
 }
 
-func removeIfThere(path string) error {
-	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
-// batch gathers the attachments of the next records.
-func (x *execution) batch(items []*item) (n int, attachments []map[string][]byte, err error) {
-	size := 0
-	for n < len(items) && n < batchRecords && size < batchBytes {
-		a, err := x.attachments(items[n])
-		if err != nil {
-			return 0, nil, err
-		}
-		for _, data := range a {
-			size += len(data)
-		}
-		attachments = append(attachments, a)
-		n++
-	}
-	return n, attachments, nil
-}
-
-// create adds records to the store, with what is attached to them.
-func create(tx *metadata.Tx, items []*item, attachments []map[string][]byte) error {
-	for i, it := range items {
-		if err := tx.Create(it.rec); err != nil {
-			return err
-		}
-		for name, data := range attachments[i] {
-			if err := tx.SetAttachment(it.rec.ID, name, data); err != nil {
-				return err
+// records are what the new store gets.
+func (x *execution) records() iter.Seq2[metadata.New, error] {
+	return func(yield func(metadata.New, error) bool) {
+		for _, it := range x.p.items {
+			a, err := x.attachments(it)
+			if x.done++; !yield(metadata.New{Record: it.rec, Attachments: a}, err) {
+				return
 			}
+			x.progress("writing records")
 		}
 	}
-	return nil
 }
 
 // attachments are the external values of a record. Content hashes become the
@@ -240,29 +184,28 @@ func (x *execution) attachments(it *item) (map[string][]byte, error) {
 	return out, nil
 }
 
-// describe writes what the store is.
-func (x *execution) describe(tx *metadata.Tx) error {
-	meta, err := tx.Meta()
-	if err != nil {
-		return err
-	}
+// meta is what the store is.
+func (x *execution) meta() (meta metadata.Meta, err error) {
 	origin := cache.Origin{System: "buildkit", Version: x.p.Version, Worker: x.p.Worker, Migrated: x.o.now().UTC(), Adopted: x.p.digest()}
 	for _, f := range x.p.Files {
 		origin.Files = append(origin.Files, cache.OriginFile(f))
 	}
-	if meta.MigratedFrom, err = origin.Encode(); err != nil {
-		return err
-	}
+	meta.MigratedFrom, err = origin.Encode()
 	meta.Driver, meta.Attributes = x.p.Driver, x.p.Attributes
 	// No boot is named: the first opening compares all names with all records.
-	return tx.SetMeta(meta)
+	return meta, err
 }
 
-// verify reads the new store again, and looks for the data of each record.
-func (x *execution) verify(ctx context.Context, store *metadata.Store) error {
+// verify reads the new store again.
+func (x *execution) verify(ctx context.Context) (err error) {
 	if err := x.step("migrate.verify"); err != nil {
 		return err
 	}
+	store, err := metadata.Open(ctx, x.path(unfinished), metadata.Options{ReadOnly: true, LockTimeout: -1})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
 	return store.View(ctx, func(tx *metadata.Tx) error {
 		for finding, err := range tx.Check() {
 			if err != nil {
@@ -270,16 +213,15 @@ func (x *execution) verify(ctx context.Context, store *metadata.Store) error {
 			}
 			return fmt.Errorf("the new store is not whole: %s %q: %s: %w", finding.Code, finding.ID, finding.Message, metadata.ErrDamaged)
 		}
-		for _, it := range x.p.items {
-			rec, err := tx.Get(it.rec.ID)
-			if err != nil {
-				return err
-			}
-			if rec.State != it.rec.State || rec.Key != it.rec.Key || len(rec.Values) != len(it.rec.Values) {
-				return fmt.Errorf("record %s is not what was written: %w", it.rec.ID, metadata.ErrDamaged)
-			}
+		totals, err := tx.Totals()
+		n := 0
+		for _, total := range totals {
+			n += int(total.Count)
 		}
-		return nil
+		if err == nil && n != len(x.p.items) {
+			return fmt.Errorf("the new store has %d records of %d: %w", n, len(x.p.items), metadata.ErrDamaged)
+		}
+		return err
 	})
 }
 

@@ -12,7 +12,8 @@ import (
 
 // planner works out a plan.
 type planner struct {
-	s     *buildkit.State
+	s      *buildkit.State
+	sorted []string
 	fate  map[string]*fate
 	byKey map[string]*buildkit.Snapshot
 	// ofSnapshot are the records that come along by the name of the snapshot
@@ -33,7 +34,13 @@ type fate struct {
 	item   *item
 }
 
-func (b *planner) ids() []string { return slices.Sorted(maps.Keys(b.s.Rows)) }
+// ids are those of all rows, in order.
+func (b *planner) ids() []string {
+	if b.sorted == nil {
+		b.sorted = slices.Sorted(maps.Keys(b.s.Rows))
+	}
+	return b.sorted
+}
 
 func (b *planner) drop(id, format string, args ...any) {
 	f := b.fate[id]
@@ -47,7 +54,7 @@ func (b *planner) judgeRows() {
 		if l.Temporary {
 			continue
 		}
-		for name := range l.Snapshots {
+		for _, name := range l.Snapshots {
 			b.held[name] = true
 		}
 	}

@@ -64,8 +64,9 @@ func ownerless(ctx context.Context, s *buildkit.State) (bool, error) {
 	if len(rows) > 0 && rows[0].Snapshot == "" {
 		return true, nil // up to v0.9 only layers said what their snapshot is
 	}
-	for _, r := range rows {
-		verdict, err := digestedWithoutOwners(ctx, s, r)
+	left := looked
+	for _, r := range rows[:min(lookedRows, len(rows))] {
+		verdict, err := digestedWithoutOwners(ctx, s, r, &left)
 		if err != nil || verdict != unknown {
 			return verdict == yes, err
 		}
@@ -81,22 +82,22 @@ const (
 	no
 )
 
-// looked bounds how many files of one record are looked at: those that do not
-// belong to root are many or none.
-const looked = 10_000
+// looked bounds how many files are looked at, lookedRows of how many records,
+// the newest first: those that do not belong to root are many or none.
+const looked, lookedRows = 10_000, 1000
 
 // errStop ends a walk early, and errNotStored says that a tree would have to
 // read files to know a digest.
 var errStop, errNotStored = errors.New("stop"), errors.New("not stored")
 
 // digestedWithoutOwners compares stored digests of the row with the files.
-func digestedWithoutOwners(ctx context.Context, s *buildkit.State, r *buildkit.Row) (v verdict, err error) {
+func digestedWithoutOwners(ctx context.Context, s *buildkit.State, r *buildkit.Row, left *int) (v verdict, err error) {
 	values, err := s.External(r.ID)
 	if err != nil {
 		return unknown, nil // who takes them over says so
 	}
 	snap := s.Snapshots[r.SnapshotName()]
-	if snap == nil || !snap.Present || len(values[contenthash.V0Key]) == 0 {
+	if *left < 0 || snap == nil || !snap.Present || len(values[contenthash.V0Key]) == 0 {
 		return unknown, nil
 	}
 	stored, err := contenthash.ImportV0(contenthash.V0{Value: values[contenthash.V0Key]})
@@ -107,9 +108,8 @@ func digestedWithoutOwners(ctx context.Context, s *buildkit.State, r *buildkit.R
 	if s.Snapshotter == buildkit.Overlayfs {
 		dir = filepath.Join(dir, "fs")
 	}
-	n := 0
 	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if n++; n > looked {
+		if *left--; *left < 0 {
 			return errStop
 		}
 		if err != nil || !d.Type().IsRegular() {

@@ -2,6 +2,7 @@ package buildkit
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -135,15 +136,20 @@ func (s *State) readSnapshotNames(db *database, drivers *metadata.ForeignBucket)
 		return err
 	}
 	s.eachBucket(db, own, "names of snapshots", func(name string, b metadata.ForeignBucket) error {
-		key, _, err := b.Get("name")
-		if err != nil {
-			return err
+		snap := &Snapshot{Name: name}
+		for row, err := range b.Rows() {
+			switch {
+			case err != nil:
+				return err
+			case row.Bucket == nil && string(row.Key) == "name":
+				snap.Key = string(row.Value)
+			case row.Bucket != nil && string(row.Key) == "labels":
+				if snap.Labels, err = valuesOf(row.Bucket); err != nil {
+					return err
+				}
+			}
 		}
-		labels, err := labelsOf(b)
-		if err != nil {
-			return err
-		}
-		s.Snapshots[name] = &Snapshot{Name: name, Key: string(key.Value), Labels: labels}
+		s.Snapshots[name] = snap
 		return nil
 	})
 	return nil
@@ -154,8 +160,13 @@ func labelsOf(b metadata.ForeignBucket) (map[string]string, error) {
 	if err != nil || labels == nil {
 		return nil, err
 	}
+	return valuesOf(labels)
+}
+
+// valuesOf are the rows of a bucket.
+func valuesOf(b *metadata.ForeignBucket) (map[string]string, error) {
 	m := map[string]string{}
-	for row, err := range labels.Rows() {
+	for row, err := range b.Rows() {
 		if err != nil {
 			return nil, err
 		}
@@ -165,47 +176,43 @@ func labelsOf(b metadata.ForeignBucket) (map[string]string, error) {
 }
 
 func (s *State) readLease(id string, b metadata.ForeignBucket) error {
-	l := &Lease{ID: id, Snapshots: map[string]bool{}, Blobs: map[digest.Digest]bool{}}
-	labels, err := labelsOf(b)
-	if err != nil {
-		return err
-	}
-	_, l.Temporary = labels["buildkit/lease.temporary"]
-	drivers, err := child(&b, "snapshots")
-	if err != nil {
-		return err
-	}
-	own, err := child(drivers, s.Snapshotter)
-	if err != nil {
-		return err
-	}
-	err = eachKey(own, func(name string) { l.Snapshots[name] = true })
-	if err != nil {
-		return err
-	}
-	content, err := child(&b, "content")
-	if err != nil {
-		return err
-	}
-	if err := eachKey(content, func(d string) { l.Blobs[digest.Digest(d)] = true }); err != nil {
-		return err
+	l := &Lease{ID: id}
+	for row, err := range b.Rows() {
+		if err != nil {
+			return err
+		}
+		if row.Bucket == nil {
+			continue
+		}
+		switch string(row.Key) {
+		case "labels":
+			_, l.Temporary, err = row.Bucket.Get("buildkit/lease.temporary")
+		case "snapshots":
+			var own *metadata.ForeignBucket
+			if own, err = child(row.Bucket, s.Snapshotter); err == nil {
+				l.Snapshots, err = keys(own)
+			}
+		}
+		if err != nil {
+			return err
+		}
 	}
 	s.Leases[id] = l
 	return nil
 }
 
-// eachKey calls fn for the keys of b, which may be nil.
-func eachKey(b *metadata.ForeignBucket, fn func(string)) error {
+// keys are those of b, which may be nil.
+func keys(b *metadata.ForeignBucket) (list []string, err error) {
 	if b == nil {
-		return nil
+		return nil, nil
 	}
 	for row, err := range b.Rows() {
 		if err != nil {
-			return err
+			return nil, err
 		}
-		fn(string(row.Key))
+		list = append(list, string(row.Key))
 	}
-	return nil
+	return list, nil
 }
 
 func (s *State) readBlob(name string, b metadata.ForeignBucket) error {
@@ -271,34 +278,51 @@ func (s *State) readDriver(db *database) error {
 
 // read takes what the snapshotter's row says.
 func (snap *Snapshot) read(b metadata.ForeignBucket) error {
-	values := map[string][]byte{}
 	for row, err := range b.Rows() {
 		if err != nil {
 			return err
 		}
-		if row.Bucket == nil {
-			values[string(row.Key)] = row.Value
+		if row.Bucket != nil {
+			continue
 		}
-	}
-	id, n := binary.Uvarint(values["id"])
-	if n <= 0 || id == 0 {
-		return fmt.Errorf("it has no number")
-	}
-	if len(values["kind"]) != 1 {
-		return fmt.Errorf("it has no kind")
-	}
-	snap.Dir = strconv.FormatUint(id, 10)
-	snap.Kind = Kind(values["kind"][0])
-	snap.Parent = string(values["parent"])
-	snap.Size, _ = binary.Varint(values["size"])
-	snap.Inodes, _ = binary.Varint(values["inodes"])
-	for name, at := range map[string]*time.Time{"createdat": &snap.Created, "updatedat": &snap.Updated} {
-		if v := values[name]; len(v) > 0 {
-			if err := at.UnmarshalBinary(v); err != nil {
-				return fmt.Errorf("%s: %w", name, err)
+		switch v := row.Value; string(row.Key) {
+		case "id":
+			if id, n := binary.Uvarint(v); n > 0 && id != 0 {
+				snap.Dir = strconv.FormatUint(id, 10)
 			}
-			*at = at.UTC()
+		case "kind":
+			if len(v) == 1 {
+				snap.Kind = Kind(v[0])
+			}
+		case "parent":
+			snap.Parent = string(v)
+		case "size":
+			snap.Size, _ = binary.Varint(v)
+		case "inodes":
+			snap.Inodes, _ = binary.Varint(v)
+		case "createdat":
+			err = readTime(&snap.Created, v)
+		case "updatedat":
+			err = readTime(&snap.Updated, v)
 		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", row.Key, err)
+		}
+	}
+	switch {
+	case snap.Dir == "":
+		return errors.New("it has no number")
+	case snap.Kind == 0:
+		return errors.New("it has no kind")
 	}
 	return nil
+}
+
+func readTime(at *time.Time, v []byte) error {
+	if len(v) == 0 {
+		return nil
+	}
+	err := at.UnmarshalBinary(v)
+	*at = at.UTC()
+	return err
 }

@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -94,10 +92,14 @@ type nanoseconds struct{ at *time.Time }
 func (n *nanoseconds) UnmarshalJSON(raw []byte) error {
 	var ns int64
 	err := json.Unmarshal(raw, &ns)
+	n.set(ns)
+	return err
+}
+
+func (n *nanoseconds) set(ns int64) {
 	if ns != 0 {
 		*n.at = time.Unix(0, ns).UTC()
 	}
-	return err
 }
 
 // retained is a cache policy, of which 1 is to retain.
@@ -175,34 +177,31 @@ func (r *Row) layerField(key string) any {
 // not be carried: a chain id is one of its fields.
 func indexed(name string) bool { return name == "cache.chainID" }
 
-// parseRow reads the values of a row. A value that cannot be read spoils the
-// row: what it was is not known.
-func parseRow(id string, values map[string][]byte) *Row {
-	r := &Row{ID: id, Size: -1}
-	for name, raw := range values {
-		if len(bytes.TrimSpace(raw)) == 0 {
-			continue // cleared
-		}
-		var it item
-		if err := json.Unmarshal(raw, &it); err != nil {
-			r.Damaged = fmt.Errorf("value %q cannot be read: %w", name, err)
-			continue
-		}
-		field := r.field(name)
-		known := field != nil
-		if known && len(it.Value) > 0 {
-			if err := json.Unmarshal(it.Value, field); err != nil {
-				r.Damaged = fmt.Errorf("value %q cannot be read: %w", name, err)
-			}
-		}
-		if known && (it.Index == "" || indexed(name)) {
-			continue
-		}
-		r.Values = append(r.Values, Value{Name: name, JSON: it.Value, Index: it.Index})
+// parse reads a value of the row; they come in the order of their keys. One
+// that cannot be read spoils the row: what it was is not known.
+func (r *Row) parse(key, raw []byte) {
+	if len(bytes.TrimSpace(raw)) == 0 {
+		return // cleared
 	}
-	slices.SortFunc(r.Values, func(a, b Value) int { return strings.Compare(a.Name, b.Name) })
-	r.check()
-	return r
+	it, ok := quickItem(raw)
+	if !ok {
+		it = item{}
+		if err := json.Unmarshal(raw, &it); err != nil {
+			r.Damaged = fmt.Errorf("value %q cannot be read: %w", key, err)
+			return
+		}
+	}
+	field := r.field(string(key))
+	known := field != nil
+	if known && len(it.Value) > 0 && !quickValue(it.Value, field) {
+		if err := json.Unmarshal(it.Value, field); err != nil {
+			r.Damaged = fmt.Errorf("value %q cannot be read: %w", key, err)
+		}
+	}
+	if known && (it.Index == "" || indexed(string(key))) {
+		return
+	}
+	r.Values = append(r.Values, Value{Name: string(key), JSON: bytes.Clone(it.Value), Index: it.Index})
 }
 
 // check looks for values that no daemon writes.

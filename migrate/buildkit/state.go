@@ -1,17 +1,21 @@
 package buildkit
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/metadata"
 )
@@ -56,6 +60,8 @@ type State struct {
 	StrayDirs []string
 	// Warnings are what could not be read, for people.
 	Warnings []string
+	// warning guards Warnings while the databases are read.
+	warning sync.Mutex
 
 	external *metadata.ForeignBucket
 	open     []*database
@@ -65,8 +71,8 @@ type State struct {
 type Lease struct {
 	ID        string
 	Temporary bool
-	Snapshots map[string]bool
-	Blobs     map[digest.Digest]bool
+	// Snapshots are the names of those that it holds.
+	Snapshots []string
 }
 
 // Snapshot is one of the snapshotter's.
@@ -167,21 +173,42 @@ func Open(ctx context.Context, dir string) (_ *State, err error) {
 			s.warn("%s: one of its meta pages cannot be read; its last transaction may be lost", name)
 		}
 	}
-	for i, read := range []func(*database) error{s.readRecords, s.readNames, s.readDriver} {
-		if err := ctx.Err(); err != nil {
-			return nil, context.Cause(ctx)
-		}
-		if err := read(s.open[i]); err != nil {
-			return nil, advise(fmt.Errorf("%s: %w", filepath.Join(dir, s.Files[i].Name), err))
-		}
+	if err := s.readDatabases(ctx); err != nil {
+		return nil, err
 	}
-	if err := s.readData(); err != nil {
+	if err := s.readData(ctx); err != nil {
 		return nil, err
 	}
 	if s.Version == 1 {
 		s.upgradeV1()
 	}
 	return s, s.readBlobs()
+}
+
+// readDatabases reads the three of them: the records, and beside them what the
+// other two say of snapshots.
+func (s *State) readDatabases(ctx context.Context) error {
+	read := func(i int, read func(*database) error) error {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := read(s.open[i]); err != nil {
+			return advise(fmt.Errorf("%s: %w", filepath.Join(s.Dir, s.Files[i].Name), err))
+		}
+		return nil
+	}
+	var names, rows error
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if names = read(1, s.readNames); names == nil {
+			names = read(2, s.readDriver)
+		}
+	})
+	rows = read(0, s.readRecords)
+	wg.Wait()
+	// What was found meanwhile is told in one order.
+	slices.Sort(s.Warnings)
+	return cmp.Or(rows, names)
 }
 
 // Close frees the databases.
@@ -195,6 +222,8 @@ func (s *State) Close() error {
 }
 
 func (s *State) warn(format string, args ...any) {
+	s.warning.Lock()
+	defer s.warning.Unlock()
 	s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...))
 }
 
@@ -281,16 +310,16 @@ func (s *State) readRecords(db *database) error {
 }
 
 func readRow(id string, b metadata.ForeignBucket) *Row {
-	values := map[string][]byte{}
+	r := &Row{ID: id, Size: -1}
 	var damaged error
 	for row, err := range b.Rows() {
 		if err != nil {
 			damaged = err
 		} else if row.Bucket == nil {
-			values[string(row.Key)] = row.Value
+			r.parse(row.Key, row.Value)
 		}
 	}
-	r := parseRow(id, values)
+	r.check()
 	if damaged != nil {
 		r.Damaged = damaged
 	}
@@ -350,12 +379,12 @@ func (s *State) DataDir(dir string) string {
 }
 
 // readData looks which snapshots have their data.
-func (s *State) readData() error {
-	dirs, err := os.ReadDir(filepath.Join(s.Dir, "snapshots", "snapshots"))
+func (s *State) readData(ctx context.Context) error {
+	dirs, err := os.ReadDir(s.DataDir(""))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return classify(err)
 	}
-	there := map[string]bool{}
+	there := make(map[string]bool, len(dirs))
 	for _, d := range dirs {
 		there[d.Name()] = d.IsDir()
 	}
@@ -366,10 +395,11 @@ func (s *State) readData() error {
 				return fmt.Errorf("snapshots %q and %q both own directory %s: %w", printable(other.Key), printable(snap.Key), snap.Dir, ErrIncomplete)
 			}
 			owned[snap.Dir] = snap
-			if snap.Present, err = s.hasData(snap, there[snap.Dir]); err != nil {
-				return err
-			}
+			snap.Present = there[snap.Dir]
 		}
+	}
+	if err := s.lookForData(ctx, owned); err != nil {
+		return err
 	}
 	for name, isDir := range there {
 		if owned[name] == nil && isDir {
@@ -378,6 +408,37 @@ func (s *State) readData() error {
 	}
 	slices.Sort(s.StrayDirs)
 	return nil
+}
+
+// lookForData looks into the directories of the snapshots that have one, for
+// what overlayfs needs.
+func (s *State) lookForData(ctx context.Context, owned map[string]*Snapshot) error {
+	if s.Snapshotter == Native || len(owned) == 0 {
+		return nil
+	}
+	dir, err := os.Open(s.DataDir(""))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return classify(err)
+	}
+	defer dir.Close()
+	all := slices.Collect(maps.Values(owned))
+	const workers = 4 // it is the disk that they wait for, if for anything
+	errs := make([]error, workers)
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			for i := w; i < len(all) && ctx.Err() == nil && errs[w] == nil; i += workers {
+				if snap := all[i]; snap.Present {
+					snap.Present, errs[w] = s.hasData(snap, int(dir.Fd()))
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(context.Cause(ctx), errors.Join(errs...))
 }
 
 // Ordered are the snapshots with a name, in the order of these.
@@ -390,24 +451,24 @@ func (s *State) Ordered() []*Snapshot {
 	return list
 }
 
-// hasData says whether the directory is as the snapshotter makes it.
-func (s *State) hasData(snap *Snapshot, there bool) (bool, error) {
-	if !there || s.Snapshotter == Native {
-		return there, nil
-	}
-	elems := []string{"fs"}
+// hasData says whether the directory is as the snapshotter makes it. dirs is a
+// descriptor of the one that all are in.
+func (s *State) hasData(snap *Snapshot, dirs int) (bool, error) {
+	elems := [...]string{snap.Dir + "/fs", snap.Dir + "/work"}
+	n := 1
 	if snap.Kind == Active {
-		elems = append(elems, "work")
+		n = 2
 	}
-	for _, elem := range elems {
-		info, err := os.Lstat(filepath.Join(s.DataDir(snap.Dir), elem))
-		if errors.Is(err, fs.ErrNotExist) {
+	for _, elem := range elems[:n] {
+		var st unix.Stat_t
+		err := unix.Fstatat(dirs, elem, &st, unix.AT_SYMLINK_NOFOLLOW)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
 			return false, nil
 		}
 		if err != nil {
-			return false, classify(err)
+			return false, classify(&os.PathError{Op: "stat", Path: s.DataDir(elem), Err: err})
 		}
-		if !info.IsDir() {
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
 			return false, nil
 		}
 	}

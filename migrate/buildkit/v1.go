@@ -44,7 +44,7 @@ func (s *State) upgradeV1() {
 	}
 	for name, snap := range s.Snapshots {
 		if _, ok := snap.Labels[gcRoot]; ok {
-			s.Leases[name] = &Lease{ID: name, Snapshots: map[string]bool{name: true}}
+			s.Leases[name] = &Lease{ID: name, Snapshots: []string{name}}
 		}
 	}
 }

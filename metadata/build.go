@@ -1,0 +1,268 @@
+package metadata
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+)
+
+// New is a record that Build writes, with what is attached to it.
+type New struct {
+	Record      *Record
+	Attachments map[string][]byte
+}
+
+// Build makes a new store at path out of the records of all, in one go. It is
+// how many records come in at once: each bucket is written in the order of its
+// keys, page behind page, where an Update for some of the records after the
+// other would write most pages again and again. Records may come in any order.
+//
+// Records are held in memory, encoded, until the last has come: about as much
+// as the file is going to have. Attachments are not.
+//
+// The file is synced, its name is not. If Build fails there is no file, or, if
+// the process is killed, one that Open takes for a store or refuses. Options
+// that matter are MaxSize, Now and Step, whose steps are "build file", "build
+// rows" (each part) and "build data".
+//
+// Errors: already exists if there is such a file, or if an id, an alias or a
+// driver key is asked for twice; failed precondition if a parent is not among
+// the records; invalid argument; and the error that comes with a record.
+func Build(ctx context.Context, path string, o Options, meta Meta, all iter.Seq2[New, error]) (err error) {
+	o = o.withDefaults()
+	b := &builder{ctx: ctx, opts: o}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("build %s: %w", path, ioError("build store", err))
+		}
+	}()
+	if err := b.step("build file"); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrAlreadyExists)
+	}
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, removeIfThere(path))
+		}
+		err = errors.Join(err, closeFile(f))
+	}()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("lock: %w", err)
+	}
+	if b.db, err = openBoltFresh(f, o, os.Getpagesize()); err != nil {
+		return err
+	}
+	err = b.run(meta, all)
+	if err == nil {
+		err = writeSeal(f)
+	}
+	return errors.Join(err, b.db.Close())
+}
+
+// builder is one Build.
+type builder struct {
+	ctx  context.Context
+	opts Options
+	db   *bolt.DB
+	out  *batchWriter
+
+	// rows are all but attachments.
+	rows   map[string][]builtRow
+	totals *sums
+	// owner is the last number given out for attachments, newest the time of
+	// the newest id that was made here.
+	owner, newest uint64
+}
+
+// builtRow is a row to be written; id is the record that asks for it.
+type builtRow struct {
+	key, value []byte
+	id         ID
+}
+
+func (b *builder) step(name string) error {
+	if err := context.Cause(b.ctx); err != nil {
+		return err
+	}
+	return b.opts.Step(name)
+}
+
+func (b *builder) run(meta Meta, all iter.Seq2[New, error]) error {
+	b.rows, b.totals = map[string][]builtRow{}, newSums()
+	b.out = &batchWriter{db: b.db, before: func() error { return b.step("build rows") }}
+	defer b.out.rollback()
+	for n, err := range all {
+		if err == nil {
+			err = context.Cause(b.ctx)
+		}
+		if err == nil {
+			err = b.add(n)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for _, rows := range b.rows {
+		slices.SortFunc(rows, func(x, y builtRow) int { return bytes.Compare(x.key, y.key) })
+	}
+	if err := b.check(); err != nil {
+		return err
+	}
+	if err := b.write(); err != nil {
+		return err
+	}
+	return b.finish(meta)
+}
+
+// add takes a record, and writes its attachments.
+func (b *builder) add(n New) error {
+	if err := validate(n.Record); err != nil {
+		return err
+	}
+	r := *n.Record
+	r.Revision, r.attachments, r.unknown = 1, 0, nil
+	if len(n.Attachments) > 0 {
+		b.owner++
+		r.attachments = b.owner
+		if err := b.attach(&r, n.Attachments); err != nil {
+			return err
+		}
+	}
+	value, err := encodeRecord(&r)
+	if err != nil {
+		return err
+	}
+	b.row(bucketRecord, []byte(r.ID), value, r.ID)
+	for _, d := range derived(&r) {
+		b.row(d.bucket, []byte(d.key), []byte(d.value), r.ID)
+	}
+	b.totals.add(&r)
+	if ms, ok := ulidTime(r.ID); ok {
+		b.newest = max(b.newest, ms)
+	}
+	return nil
+}
+
+func (b *builder) row(bucket string, key, value []byte, id ID) {
+	b.rows[bucket] = append(b.rows[bucket], builtRow{key, value, id})
+}
+
+// attach writes attachments: their numbers grow, so their keys do.
+func (b *builder) attach(r *Record, attachments map[string][]byte) error {
+	if err := b.out.bucket(bucketAttachment); err != nil {
+		return err
+	}
+	names := make([]string, 0, len(attachments))
+	for name := range attachments {
+		if name == "" || len(name) > MaxNameLen {
+			return invalid("record %q: attachment name of %d bytes, 1 to %d are allowed", r.ID, len(name), MaxNameLen)
+		}
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		key := attachmentKey(r.attachments, name)
+		if err := b.out.put(bucketAttachment, key, frame(key, attachments[name])); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// check looks for names that two records ask for, and for parents that are not
+// there. The rows are sorted.
+func (b *builder) check() error {
+	for _, bucket := range []string{bucketRecord, bucketAlias, bucketSnapshot} {
+		rows := b.rows[bucket]
+		for i := 1; i < len(rows); i++ {
+			if bytes.Equal(rows[i-1].key, rows[i].key) {
+				return fmt.Errorf("%s %q of record %q is taken by record %q: %w", bucket, rows[i].key, rows[i].id, rows[i-1].id, errdefs.ErrAlreadyExists)
+			}
+		}
+	}
+	for _, alias := range b.rows[bucketAlias] {
+		if b.have(alias.key) {
+			return fmt.Errorf("alias %q of record %q is a record's id: %w", alias.key, alias.id, errdefs.ErrAlreadyExists)
+		}
+	}
+	for _, row := range b.rows[bucketChild] {
+		parent, _, _ := splitPair(row.key)
+		if !b.have([]byte(parent)) {
+			return fmt.Errorf("record %q: parent %q does not exist: %w", row.id, parent, errdefs.ErrFailedPrecondition)
+		}
+	}
+	return nil
+}
+
+func (b *builder) have(id []byte) bool {
+	_, ok := slices.BinarySearchFunc(b.rows[bucketRecord], id, func(r builtRow, id []byte) int { return bytes.Compare(r.key, id) })
+	return ok
+}
+
+// write writes the sorted rows, bucket after bucket.
+func (b *builder) write() error {
+	for _, bucket := range buckets() {
+		if err := b.out.bucket(bucket); err != nil {
+			return err
+		}
+		for _, row := range b.rows[bucket] {
+			if err := b.out.put(bucket, row.key, row.value); err != nil {
+				return err
+			}
+		}
+	}
+	return b.out.commit()
+}
+
+// finish writes totals and counters, and what the store is, and syncs.
+func (b *builder) finish(meta Meta) error {
+	if err := b.step("build rows"); err != nil {
+		return err
+	}
+	b.db.NoFreelistSync = false // as Close leaves it
+	err := b.db.Update(func(btx *bolt.Tx) error {
+		tx := newTx(nil, nil, btx)
+		created := meta.Created
+		if created.IsZero() {
+			created = b.opts.Now()
+		}
+		if err := tx.init(created); err != nil {
+			return err
+		}
+		meta.Created, meta.Schema = created, 0
+		if err := tx.SetMeta(meta); err != nil {
+			return err
+		}
+		groups := b.totals.groups()
+		for g, t := range groups {
+			if err := tx.putTotal(g, t.Count, t.Bytes); err != nil {
+				return err
+			}
+		}
+		if err := errors.Join(tx.setSequence(bucketRecord, b.newest), tx.setSequence(bucketAttachment, b.owner)); err != nil {
+			return err
+		}
+		return tx.err
+	})
+	if err == nil {
+		err = b.step("build data")
+	}
+	if err == nil {
+		err = b.db.Sync()
+	}
+	return err
+}
