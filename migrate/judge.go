@@ -14,8 +14,8 @@ import (
 type planner struct {
 	s      *buildkit.State
 	sorted []string
-	fate  map[string]*fate
-	byKey map[string]*buildkit.Snapshot
+	fate   map[string]*fate
+	byKey  map[string]*buildkit.Snapshot
 	// ofSnapshot are the records that come along by the name of the snapshot
 	// that they adopt.
 	ofSnapshot map[string]*item
