@@ -1,4 +1,5 @@
-// Package cachetest proves that a cache keeps its promises on a driver: Run
+// Package cachetest proves that a cache keeps its promises on a driver. Prove is
+// what a driver of somebody else calls in its tests. Of that, Run
 // plays random histories of all operations, with failures, cancellations, kills
 // and power cuts in the middle of them, and compares whatever can be seen with
 // a small model, which is the specification of package cache in some 300 lines.
@@ -53,6 +54,25 @@ const (
 	envSeed = "LAMINA_HISTORY_SEED"
 	envOps  = "LAMINA_HISTORY_OPS"
 )
+
+// Prove has a driver of somebody else prove itself: that it keeps the contract
+// of snapshot.Driver (snapshottest.Run, with containerd's own suite in it, for
+// which name is), and that a cache keeps its promises on it, whatever fails, and
+// to many clients at once. It needs root, and is skipped without.
+func Prove(t *testing.T, name string, open Opener, o Options) {
+	t.Helper()
+	t.Run("Driver", func(t *testing.T) {
+		snapshottest.Run(t, name, func(t *testing.T, root string) snapshot.Driver {
+			d, err := open(root)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return d
+		})
+	})
+	t.Run("Histories", func(t *testing.T) { Run(t, open, o) })
+	t.Run("Concurrent", func(t *testing.T) { RunConcurrent(t, open, o) })
+}
 
 // Run plays histories on stores of the driver that open gives.
 func Run(t *testing.T, open Opener, o Options) {
