@@ -168,6 +168,9 @@ func gitStatus(ctx context.Context, t *commands, n int) (sample, error) {
 		return errors.Join(
 			writeTree(dir, n),
 			execute(ctx, dir, "git", "init", "-q"),
+			// Nothing goes on in the background.
+			execute(ctx, dir, "git", "config", "maintenance.auto", "false"),
+			execute(ctx, dir, "git", "config", "gc.auto", "0"),
 			execute(ctx, dir, "git", "add", "."),
 			execute(ctx, dir, "git", "-c", "user.name=bench", "-c", "user.email=bench@example.org", "commit", "-q", "-m", "source"),
 		)
