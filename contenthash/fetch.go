@@ -223,7 +223,7 @@ func (f *fetch) readIn(rd *reader, fd int, path string, nodes []*node) error {
 		n *node
 		facts
 	}
-	var results []result
+	results := make([]result, 0, min(len(nodes), flush))
 	enter := func() {
 		f.apply(func() {
 			for _, r := range results {
