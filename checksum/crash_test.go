@@ -125,5 +125,31 @@ func (c *crashes) scenario() {
 	child := c.commit(ref, func(dir string) { write(c, dir, "d000/f00", "child") })
 	c.sum(child, "/")
 	require.NoError(c, c.sums.Flush(c.ctx))
-	c.release(ref, child)
+	c.release(ref, c.grandchild(child))
+}
+
+// grandchild is made by a holder that reports, and loses pages of what it
+// inherits; then it is merged.
+func (c *crashes) grandchild(child *cache.ImmutableRef) *cache.ImmutableRef {
+	mut, writer, err := c.sums.New(c.ctx, child, cache.NewOptions{Retain: true})
+	require.NoError(c, err)
+	c.in(mut, func(dir string) {
+		require.NoError(c, os.RemoveAll(filepath.Join(dir, "d001")))
+		manyFiles(c, dir, 1)
+	})
+	require.NoError(c, writer.HandleChange(contenthash.Change{Kind: contenthash.Delete, Path: "d001"}))
+	for f := range 20 {
+		require.NoError(c, writer.HandleChange(contenthash.Change{Kind: contenthash.Modify, Path: fmt.Sprintf("d000/f%02d", f)}))
+	}
+	ref, err := writer.Commit(c.ctx, cache.CommitOptions{})
+	require.NoError(c, err)
+	c.sum(ref, "/")
+	require.NoError(c, c.sums.Flush(c.ctx))
+	other := c.commit(nil, func(dir string) { write(c, dir, "d000/f05", "of the other") })
+	merged, err := c.Merge(c.ctx, []*cache.ImmutableRef{ref, other}, cache.MergeOptions{})
+	require.NoError(c, err)
+	c.sum(merged, "/")
+	require.NoError(c, c.sums.Flush(c.ctx))
+	c.release(child, other, merged)
+	return ref
 }

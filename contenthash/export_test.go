@@ -38,3 +38,10 @@ func FixIndex(index []byte, pages map[string][]byte) {
 	}
 	endPage(indexName, index)
 }
+
+// SetFault has fault asked before each system call on a file; its error is the
+// call's. ErrShort lets a read give one byte.
+func (t *Tree) SetFault(fault func(call string) error) { t.fault = fault }
+
+// ErrShort is for SetFault.
+const ErrShort = errShort
