@@ -120,7 +120,7 @@ func notOne(ref string, refs []string) error {
 // byPlatform picks the manifest of a platform among manifests and what indexes
 // list. One that says nothing of a platform is taken if it is the only one.
 func byPlatform(from files, list []ocispec.Descriptor, platform string) (none ocispec.Descriptor, err error) {
-	all, err := manifests(from, list, 0)
+	all, err := manifests(from, list, 0, new(int))
 	if err != nil {
 		return none, err
 	}
@@ -164,9 +164,17 @@ func byPlatform(from files, list []ocispec.Descriptor, platform string) (none oc
 	return fits[0], nil
 }
 
+// maxDescriptors bounds what indexes list, with all that they name in turn: an
+// index can name another one any number of times.
+const maxDescriptors = 10_000
+
 // manifests lists the manifests in list and in the indexes that it names, but
-// not those that BuildKit attaches to say how an image was made.
-func manifests(from files, list []ocispec.Descriptor, depth int) (out []ocispec.Descriptor, err error) {
+// not those that BuildKit attaches to say how an image was made. seen counts
+// what it has looked at.
+func manifests(from files, list []ocispec.Descriptor, depth int, seen *int) (out []ocispec.Descriptor, err error) {
+	if *seen += len(list); *seen > maxDescriptors {
+		return nil, fmt.Errorf("the indexes list more than %d manifests: %w", maxDescriptors, errdefs.ErrResourceExhausted)
+	}
 	for _, d := range list {
 		switch d.MediaType {
 		case ocispec.MediaTypeImageManifest, dockerManifest:
@@ -181,7 +189,7 @@ func manifests(from files, list []ocispec.Descriptor, depth int) (out []ocispec.
 			if err := document(from, d, &index); err != nil {
 				return nil, err
 			}
-			inner, err := manifests(from, index.Manifests, depth+1)
+			inner, err := manifests(from, index.Manifests, depth+1, seen)
 			if err != nil {
 				return nil, err
 			}
