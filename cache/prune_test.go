@@ -458,3 +458,22 @@ func TestSizesAreMeasuredInTheBackground(t *testing.T) {
 		require.Equal(t, uint64(1), rec.Revision, "a size is no change")
 	}
 }
+
+// A parent whose child stays is refused before the driver is asked for it.
+func TestAParentStaysWithItsChild(t *testing.T) {
+	forKinds(t, func(w *world) {
+		parent := w.layer(nil, "a", "1")
+		child := w.layer(parent, "b", "2")
+		require.NoError(w, child.Finalize(w.ctx))
+		w.release(parent)
+		out, err := w.Remove(w.ctx, parent.ID(), child.ID())
+		require.NoError(w, err)
+		require.ErrorIs(w, out[0].Err, errdefs.ErrFailedPrecondition)
+		require.ErrorContains(w, out[0].Err, string(child.ID()))
+		require.ErrorIs(w, out[1].Err, cache.ErrLocked)
+		require.Zero(w, w.driver.Count("Detach", ""))
+		require.Equal(w, "a=1 b=2", w.tree(child))
+		w.release(child)
+		w.removeAll(parent.ID(), child.ID())
+	})
+}

@@ -28,7 +28,7 @@ var near = map[string]string{
 	"cache/commit.go":     "TestCommit|TestLife|TestHandles|TestMutableWithout",
 	"cache/get.go":        "TestAMutable|TestLife|TestLooking",
 	"cache/reopen.go":     "TestReopen|TestAReopened|TestInterrupted|TestHalf|TestOfTwo",
-	"cache/remove.go":     "TestVictims|TestSettleR|TestParent|TestRemoval",
+	"cache/remove.go":     "TestVictims|TestAParent|TestSettleR|TestParent|TestRemoval",
 	"cache/prune.go":      "TestPrune$|TestPruneOf|TestCancelled|TestSpace",
 	"cache/hold.go":       "TestA(Writer|Reader)In|TestHold|TestDetached|TestFinalizeIs",
 	"cache/settle.go":     "TestSettle|TestMarks",
