@@ -48,7 +48,7 @@ func (m *Manager) Plan(ctx context.Context, policies ...policy.Policy) (*policy.
 	if err != nil {
 		return nil, err
 	}
-	var u policy.Usage
+	u := policy.Usage{Records: make([]policy.Record, 0, len(s.entries))}
 	for i := range s.entries {
 		e := &s.entries[i]
 		r := PolicyRecord(e.Record)

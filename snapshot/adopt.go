@@ -229,14 +229,12 @@ func ignoreNotExist(err error) error {
 // disown removes an entry that is, or was about to become, adopted: its fs is
 // a link, or it has none yet.
 func (t *tree) disown(path string) error {
-	for _, name := range []string{"fs", "gone"} {
-		info, err := os.Lstat(filepath.Join(path, name))
-		if err == nil && info.Mode()&fs.ModeSymlink == 0 {
-			return nil
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	info, err := os.Lstat(filepath.Join(path, "fs"))
+	if err == nil && info.Mode()&fs.ModeSymlink == 0 {
+		return nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	if err := t.step("disown.entry"); err != nil {
 		return err

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"syscall"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -122,14 +121,15 @@ func (t *tree) leave(step, path string) error {
 // children counts the entries that are children of the one at path.
 func children(path string) (n uint64, err error) {
 	for k := 0; ; k++ {
-		fi, err := os.Lstat(filepath.Join(path, idName(k)))
-		if errors.Is(err, fs.ErrNotExist) {
+		id := filepath.Join(path, idName(k))
+		var st unix.Stat_t
+		switch err := unix.Lstat(id, &st); {
+		case errors.Is(err, unix.ENOENT):
 			return n, nil
+		case err != nil:
+			return 0, &os.PathError{Op: "lstat", Path: id, Err: err}
 		}
-		if err != nil {
-			return 0, err
-		}
-		n += uint64(fi.Sys().(*syscall.Stat_t).Nlink) - 1
+		n += uint64(st.Nlink) - 1
 	}
 }
 

@@ -243,6 +243,37 @@ func TestRemoveTree(t *testing.T) {
 	require.DirExists(t, outside)
 }
 
+func TestRemoveLargeTree(t *testing.T) {
+	dir := t.TempDir()
+	// More names than one listing holds, at two levels; and names as long as
+	// they get.
+	for _, d := range []string{"tree", "tree/sub", "tree/" + strings.Repeat("d", 255), "tree/empty"} {
+		require.NoError(t, os.Mkdir(filepath.Join(dir, d), 0o700))
+	}
+	for i := range 2000 {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "tree", fmt.Sprint("file-", i)), nil, 0o600))
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "tree", "sub", fmt.Sprint("file-", i)), nil, 0o600))
+	}
+	deep := filepath.Join(dir, "tree")
+	for range 300 {
+		deep = filepath.Join(deep, "deep")
+		require.NoError(t, os.Mkdir(deep, 0o700))
+		require.NoError(t, os.Symlink(dir, filepath.Join(deep, "link")))
+	}
+	require.NoError(t, unix.Mkfifo(filepath.Join(dir, "tree", "fifo"), 0o600))
+
+	// Several at once, as a Cleanup beside a Discard.
+	errs := make(chan error, 4)
+	for range cap(errs) {
+		go func() { errs <- removeTree(filepath.Join(dir, "tree")) }()
+	}
+	for range cap(errs) {
+		require.NoError(t, <-errs)
+	}
+	require.NoDirExists(t, filepath.Join(dir, "tree"))
+	require.DirExists(t, dir)
+}
+
 func TestMeasure(t *testing.T) {
 	dir := t.TempDir()
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "tree"), 0o755))

@@ -96,9 +96,5 @@ func (t *tree) dropLinks(at string) error {
 
 // dropLink removes the short link of a directory, if it has one.
 func (t *tree) dropLink(st *unix.Stat_t) error {
-	err := os.Remove(t.path(dirLinks, shortName(st, t.dev)))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+	return unlink(unix.AT_FDCWD, t.path(dirLinks, shortName(st, t.dev)), 0)
 }

@@ -101,6 +101,10 @@ func (t *tree) Discard(_ context.Context, p Pending) error {
 	return nil
 }
 
+// beingDeleted marks an entry in trash whose bytes are being deleted, a bit of
+// its directory's mode that means nothing where only we write.
+const beingDeleted = fs.ModeSticky
+
 // discard deletes the bytes of an entry in trash. It starts with what other
 // entries and directories know of it, and info goes last, as it may be the
 // only place that holds the key.
@@ -125,26 +129,32 @@ func (t *tree) discard(e entry) error {
 		return err
 	}
 	// From here on Restore refuses: what is left is no snapshot any more.
-	gone := filepath.Join(at, "gone")
-	if err := os.Rename(filepath.Join(at, "fs"), gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Chmod(at, 0o700|beingDeleted); errors.Is(err, fs.ErrNotExist) {
+		return nil // somebody else was faster
+	} else if err != nil {
 		return err
 	}
-	adopted, err := t.adopted(gone)
+	adopted, err := t.adopted(filepath.Join(at, "fs"))
 	if err != nil {
 		return err
 	}
-	for _, dir := range []string{adopted, gone, filepath.Join(at, "work")} {
+	r, ok := t.removers.Get().(*remover)
+	if !ok {
+		r = new(remover)
+	}
+	defer t.removers.Put(r)
+	for _, dir := range []string{adopted, filepath.Join(at, "fs"), filepath.Join(at, "work")} {
 		if dir == "" {
 			continue
 		}
-		if err := removeTree(dir); err != nil {
+		if err := r.tree(dir); err != nil {
 			return err
 		}
 	}
 	if err := t.step("discard.entry"); err != nil {
 		return err
 	}
-	return removeTree(at)
+	return r.tree(at)
 }
 
 // adopted is the directory that an adopted entry's fs leads to, empty for
@@ -187,9 +197,9 @@ func (t *tree) restore(e, from entry) error {
 	if err != nil {
 		return asNotFound(err)
 	}
-	if there, err := exists(filepath.Join(at, "fs")); err != nil {
-		return err
-	} else if !there && !s.stack() && (!s.View || s.Parent == "") {
+	if fi, err := os.Lstat(at); err != nil {
+		return asNotFound(err)
+	} else if fi.Mode()&beingDeleted != 0 {
 		return fmt.Errorf("its bytes are being deleted: %w", errdefs.ErrNotFound)
 	}
 	key, ok := decodeKey(from.name)
