@@ -28,10 +28,11 @@ type New struct {
 // Records are held in memory, encoded, until the last has come: about as much
 // as the file is going to have. Attachments are not.
 //
-// The file is synced, its name is not. If Build fails there is no file, or, if
-// the process is killed, one that Open takes for a store or refuses. Options
-// that matter are MaxSize, Now and Step, whose steps are "build file", "build
-// rows" (each part) and "build data".
+// Nothing is synced, neither the file nor its name: who relies on them does
+// that before, perhaps together with other things. If Build fails there is no
+// file, or, if the process is killed, one that is to be thrown away. Options
+// that matter are MaxSize, Now and Step, whose steps are "build file" and "build
+// rows" (each part).
 //
 // Errors: already exists if there is such a file, or if an id, an alias or a
 // driver key is asked for twice; failed precondition if a parent is not among
@@ -228,13 +229,13 @@ func (b *builder) write() error {
 	return b.out.commit()
 }
 
-// finish writes totals and counters, and what the store is, and syncs.
+// finish writes totals and counters, and what the store is.
 func (b *builder) finish(meta Meta) error {
 	if err := b.step("build rows"); err != nil {
 		return err
 	}
 	b.db.NoFreelistSync = false // as Close leaves it
-	err := b.db.Update(func(btx *bolt.Tx) error {
+	return b.db.Update(func(btx *bolt.Tx) error {
 		tx := newTx(nil, nil, btx)
 		created := meta.Created
 		if created.IsZero() {
@@ -258,11 +259,4 @@ func (b *builder) finish(meta Meta) error {
 		}
 		return tx.err
 	})
-	if err == nil {
-		err = b.step("build data")
-	}
-	if err == nil {
-		err = b.db.Sync()
-	}
-	return err
 }

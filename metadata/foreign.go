@@ -7,6 +7,7 @@ import (
 	"io"
 	"iter"
 	"os"
+	"sort"
 )
 
 // Foreign reads somebody else's bbolt file with the reader of our own: no
@@ -75,27 +76,47 @@ func (f *Foreign) Transaction() uint64 { return f.meta.txid }
 // newer one, what is read is the state before the last transaction.
 func (f *Foreign) Stale() bool { return f.stale }
 
-// inMemory is how large a file may be, in bytes, to be read as a whole, which
-// spares two system calls for each page. A daemon with 50,000 records has files
-// of that size.
-const inMemory = 128 << 20
+// A file is read in chunks of chunkSize bytes, which spares system calls, and
+// as far as it is in use: much of a file that was written for long is free.
+// Chunks are kept until there are maxChunks of them.
+const (
+	chunkSize = 16 << 10
+	maxChunks = 4096
+)
 
-// source reads the file, from memory if it is small.
-func (f *Foreign) source() source {
-	if f.size > inMemory {
-		return fileSource{f.f}
+// chunkSource reads a file in chunks.
+type chunkSource struct {
+	r      io.ReaderAt
+	size   uint64
+	chunks map[uint64][]byte
+}
+
+func (s *chunkSource) bytes(at, n uint64) ([]byte, error) {
+	i, from := at/chunkSize, at%chunkSize
+	if from+n > chunkSize {
+		return fileSource{s.r}.bytes(at, n)
 	}
-	b := make([]byte, f.size)
-	if _, err := f.f.ReadAt(b, 0); err != nil {
-		return fileSource{f.f} // page by page one learns which cannot be read
+	chunk, ok := s.chunks[i]
+	if !ok {
+		if i*chunkSize >= s.size {
+			return nil, io.ErrUnexpectedEOF
+		}
+		chunk = make([]byte, min(chunkSize, s.size-i*chunkSize))
+		if _, err := s.r.ReadAt(chunk, int64(i*chunkSize)); err != nil {
+			return fileSource{s.r}.bytes(at, n) // it may be another page that cannot be read
+		}
+		if len(s.chunks) == maxChunks {
+			clear(s.chunks)
+		}
+		s.chunks[i] = chunk
 	}
-	return mapSource(b)
+	return mapSource(chunk).bytes(from, n)
 }
 
 // Root is the bucket that holds the buckets of the top level.
 func (f *Foreign) Root() ForeignBucket {
 	return ForeignBucket{
-		t:    &tree{src: f.source(), pageSize: uint64(f.meta.pageSize), used: f.meta.used},
+		t:    &tree{src: &chunkSource{f.f, uint64(f.size), map[uint64][]byte{}}, pageSize: uint64(f.meta.pageSize), used: f.meta.used},
 		root: bucketRoot{page: f.meta.root},
 	}
 }
@@ -120,6 +141,15 @@ type ForeignRow struct {
 // follows. Any other error is the last.
 func (b ForeignBucket) Rows() iter.Seq2[ForeignRow, error] {
 	return func(yield func(ForeignRow, error) bool) {
+		if p := b.root.inline; p != nil {
+			// Most buckets are one page in the value of their key.
+			for i := range p.count {
+				if !yield(b.row(p, i)) {
+					return
+				}
+			}
+			return
+		}
 		stopped := false
 		t := *b.t
 		t.stack, t.passOver = nil, true
@@ -135,22 +165,21 @@ func (b ForeignBucket) Rows() iter.Seq2[ForeignRow, error] {
 				yield(ForeignRow{}, err)
 				return
 			}
-			row, err := b.row(&c)
-			if !yield(row, err) {
+			if !yield(b.row(&c.top().p, c.top().i)) {
 				return
 			}
 		}
 	}
 }
 
-func (b ForeignBucket) row(c *treeCursor) (ForeignRow, error) {
-	row := ForeignRow{Key: c.key()}
-	v, nested := c.value()
+func (b ForeignBucket) row(p *page, i int) (ForeignRow, error) {
+	row := ForeignRow{Key: p.key(i)}
+	v, nested := p.value(i)
 	if !nested {
 		row.Value = v
 		return row, nil
 	}
-	below, err := b.below(c.top().p.id, v)
+	below, err := b.below(p.id, v)
 	if err == nil {
 		row.Bucket = &below
 	}
@@ -165,10 +194,18 @@ func (b ForeignBucket) below(id uint64, v []byte) (ForeignBucket, error) {
 // Get finds a row; ok is false if there is none, or none that can be named: a
 // damaged page on the way is an error.
 func (b ForeignBucket) Get(key string) (row ForeignRow, ok bool, err error) {
+	if p := b.root.inline; p != nil {
+		i, found := sort.Find(p.count, func(i int) int { return bytes.Compare([]byte(key), p.key(i)) })
+		if !found {
+			return ForeignRow{}, false, nil
+		}
+		row, err = b.row(p, i)
+		return row, err == nil, err
+	}
 	c := treeCursor{t: b.t, root: b.root}
 	if ok, err = c.seek([]byte(key)); err != nil || !ok || string(c.key()) != key {
 		return ForeignRow{}, false, err
 	}
-	row, err = b.row(&c)
+	row, err = b.row(&c.top().p, c.top().i)
 	return row, err == nil, err
 }

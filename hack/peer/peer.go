@@ -40,6 +40,7 @@ func Opener() bench.Opener {
 	return bench.Opener{
 		Name:     bench.Peer,
 		Portable: true,
+		Legacy:   Legacy,
 		Open: func(ctx context.Context, dir string) (bench.Subject, error) {
 			return open(ctx, dir)
 		},

@@ -54,6 +54,12 @@ func (c *Config) missing(op operation) string {
 	if op.ours != nil && c.Command == "" {
 		return "there is no command to measure"
 	}
+	if op.legacy && c.legacyOpener() == nil {
+		return "there is no peer whose library makes the state of a daemon"
+	}
+	if op.legacy && os.Geteuid() != 0 {
+		return "the state of a daemon can be made by root only"
+	}
 	if _, err := exec.LookPath(op.tool); op.tool != "" && err != nil {
 		return op.tool + " is not installed"
 	}

@@ -27,6 +27,9 @@ type limits struct {
 	// stored is a closed file that does, which makes opening it cheaper.
 	stored string
 
+	// legacy is as a world's.
+	legacy map[int]*legacyState
+
 	mu   sync.Mutex
 	last int
 	held map[string]int

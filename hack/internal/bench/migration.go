@@ -2,109 +2,144 @@ package bench
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/migrate"
-	"github.com/lamina-build/lamina/migrate/legacytest"
 )
 
 // migrationOperations take over the state of an old daemon.
 func migrationOperations() []operation {
 	return []operation{{
-		name: "migrate", batch: 1, rounds: 3, sizes: legacySizes, ownOnly: true,
+		name: "migrate", batch: 1, rounds: 5, sizes: legacySizes, ownOnly: true, legacy: true,
 		prepare: prepareMigrate, limit: limitMigrate,
-		note: "n records of an old daemon, chains of layers with pairs on top; " +
-			"limit: each row of its databases read once, and n puts in transactions of 1,000",
+		note: "a directory with n records that the peer's own library made, chains of layers with a pair on top; " +
+			"limit: one pass over its databases that looks at every key and value, and a new bbolt file with as many " +
+			"bytes in as many transactions, synced once",
 	}}
 }
 
-// legacySizes is twice the state, but no more than a large daemon has.
+// legacySizes are a tenth of a large daemon's state, and with the larger sizes
+// of the bench all of it.
 func legacySizes(c *Config) []int {
 	n := 1
 	for _, size := range c.Sizes {
 		n = max(n, size)
 	}
-	return []int{min(2*n, 20_000)}
+	if n = min(2*n, 20_000); n > 2000 {
+		return []int{2000, n}
+	}
+	return []int{n}
 }
 
-// legacy makes the directory of a worker with n records, unless it is there.
-func legacy(dir string, n int) (*legacytest.Builder, error) {
-	driver := "native"
-	if os.Geteuid() == 0 {
-		driver = "overlayfs"
-	}
-	b := legacytest.NewBuilder(filepath.Join(dir, fmt.Sprintf("legacy-%d", n)), driver)
-	if _, err := os.Stat(b.Dir); err == nil {
-		return b, nil
-	}
-	for made, c := 0, 0; made < n; c++ {
-		parent := ""
-		for i := 0; i < 8 && made < n; i++ {
-			id := fmt.Sprintf("c%06dl%dxxxxxxxxxxxxxxxx", c, i)
-			b.Finalized(id, parent, legacytest.Row{
-				"cache.description": "a step of a build", "snapshot.size": 4096,
-				"cache.usageCount": 3, "cache.lastUsedAt": int64(1_700_000_000_000_000_000),
-			})
-			parent = id
-			made++
-		}
-		if made < n {
-			b.Pair(fmt.Sprintf("c%06dixxxxxxxxxxxxxxxxx", c), fmt.Sprintf("c%06dmxxxxxxxxxxxxxxxxx", c), parent)
-			made += 2
+// legacyState is the directory of an old daemon, and what a migration writes.
+type legacyState struct {
+	dir          string
+	bytes        int64
+	transactions int
+}
+
+// legacyWorker is what the directory of a worker is called, which says the
+// snapshotter.
+const legacyWorker = "runc-overlayfs"
+
+// legacyOpener is the one whose library makes a legacy directory, nil for none.
+func (c *Config) legacyOpener() *Opener {
+	for i := range c.Openers {
+		if c.Openers[i].Legacy != nil {
+			return &c.Openers[i]
 		}
 	}
-	return b, b.Write()
+	return nil
+}
+
+// makeLegacy makes the directory of a worker with n records below dir, which
+// serves all rounds. It is built in memory, where nobody waits for a disk.
+func (c *Config) makeLegacy(ctx context.Context, dir string, n int) (s *legacyState, err error) {
+	memory, err := os.MkdirTemp(memoryDir(), "lamina-bench-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, removeAll(memory)) }()
+	if err := c.legacyOpener().Legacy(ctx, filepath.Join(memory, legacyWorker), n); err != nil {
+		return nil, err
+	}
+	s = &legacyState{dir: filepath.Join(dir, fmt.Sprintf("legacy-%d", n), legacyWorker)}
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return nil, err
+	}
+	//nolint:gosec // both directories are our own
+	cp := exec.CommandContext(ctx, "cp", "-a", "--", filepath.Join(memory, legacyWorker)+"/.", s.dir)
+	if out, err := cp.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("copy the state: %w: %s", err, out)
+	}
+	// Once for the limit: how much is written.
+	err = s.migrate(ctx, migrate.Options{Step: func(name string) error {
+		if name == "build rows" {
+			s.transactions++
+		}
+		return nil
+	}})
+	if err != nil {
+		return nil, err
+	}
+	file, err := os.Stat(filepath.Join(s.dir, cache.StoreFile))
+	if err != nil {
+		return nil, err
+	}
+	s.bytes = file.Size()
+	return s, s.rollBack(ctx)
+}
+
+func (s *legacyState) migrate(ctx context.Context, o migrate.Options) error {
+	reports, err := migrate.Run(ctx, s.dir, o)
+	if err == nil {
+		err = reports[0].Err
+	}
+	if err == nil && (reports[0].Status != migrate.Migrated || len(reports[0].Plan.Dropped()) > 0) {
+		err = fmt.Errorf("%s was not taken over as a whole", s.dir)
+	}
+	return err
+}
+
+func (s *legacyState) rollBack(ctx context.Context) error {
+	reports, err := migrate.Rollback(ctx, s.dir, migrate.Options{})
+	if err == nil {
+		err = reports[0].Err
+	}
+	if err != nil {
+		return err
+	}
+	return removeAll(reports[0].Aside)
 }
 
 func prepareMigrate(_ context.Context, w *world, n int) (sample, error) {
-	b, err := legacy(filepath.Dir(w.dir), n)
-	if err != nil {
-		return sample{}, err
-	}
+	s := w.legacy[n]
 	return sample{
-		run: func(ctx context.Context) error {
-			reports, err := migrate.Run(ctx, b.Dir, migrate.Options{})
-			if err == nil {
-				err = reports[0].Err
-			}
-			if err == nil && (reports[0].Status != migrate.Migrated || len(reports[0].Plan.Dropped()) > 0) {
-				err = fmt.Errorf("%s was not taken over as a whole", b.Dir)
-			}
-			return err
-		},
-		after: func(ctx context.Context) error {
-			reports, err := migrate.Rollback(ctx, b.Dir, migrate.Options{})
-			if err == nil {
-				err = reports[0].Err
-			}
-			if err != nil {
-				return err
-			}
-			return removeAll(reports[0].Aside)
-		},
+		run:   func(ctx context.Context) error { return s.migrate(ctx, migrate.Options{}) },
+		after: s.rollBack,
 	}, nil
 }
 
 // limitMigrate reads the rows of the three databases and writes a fourth.
 func limitMigrate(_ context.Context, l *limits, n int) (sample, error) {
-	b, err := legacy(filepath.Dir(l.dir), n)
-	if err != nil {
-		return sample{}, err
-	}
+	s := l.legacy[n]
 	path := filepath.Join(l.dir, "migrated.db")
 	return sample{
 		run: func(context.Context) error {
 			for _, name := range []string{"metadata_v2.db", "containerdmeta.db", filepath.Join("snapshots", "metadata.db")} {
-				if err := readRows(filepath.Join(b.Dir, name)); err != nil {
+				if err := readRows(filepath.Join(s.dir, name)); err != nil {
 					return err
 				}
 			}
-			return writeRecords(path, n)
+			return writeRows(path, s.bytes, s.transactions)
 		},
 		after: func(context.Context) error { return os.Remove(path) },
 	}, nil
@@ -117,12 +152,16 @@ func readRows(path string) error {
 		return err
 	}
 	var sum byte
+	look := func(b []byte) {
+		for _, c := range b {
+			sum ^= c
+		}
+	}
 	var walk func(b *bolt.Bucket) error
 	walk = func(b *bolt.Bucket) error {
 		return b.ForEach(func(k, v []byte) error {
-			for _, c := range v {
-				sum ^= c
-			}
+			look(k)
+			look(v)
 			if v == nil {
 				return walk(b.Bucket(k))
 			}
@@ -135,19 +174,32 @@ func readRows(path string) error {
 	return errors.Join(err, db.Close())
 }
 
-func writeRecords(path string, n int) error {
-	db, err := bolt.Open(path, 0o600, nil)
+// writeRows makes a file of about that many bytes, its rows in order, in that
+// many transactions.
+func writeRows(path string, bytes int64, transactions int) error {
+	db, err := bolt.Open(path, 0o600, &bolt.Options{NoSync: true, NoGrowSync: true, NoFreelistSync: true})
 	if err != nil {
 		return err
 	}
-	for at := 0; at < n && err == nil; at += 1000 {
+	const overhead = 1.2 // of pages that are full to nine tenths, and of keys
+	rows := int(float64(bytes) / overhead / recordSize)
+	value := make([]byte, recordSize)
+	for part, at := 0, 0; part < transactions && err == nil; part++ {
+		end := rows * (part + 1) / transactions
 		err = db.Update(func(tx *bolt.Tx) error {
 			b, err := tx.CreateBucketIfNotExists(recordBucket)
-			for i := at; i < min(at+1000, n) && err == nil; i++ {
-				err = b.Put(recordKey(i), record(i))
+			if err != nil {
+				return err
+			}
+			b.FillPercent = 0.9
+			for ; at < end && err == nil; at++ {
+				err = b.Put(binary.BigEndian.AppendUint64(nil, uint64(at)), value)
 			}
 			return err
 		})
+	}
+	if err == nil {
+		err = db.Sync()
 	}
 	return errors.Join(err, db.Close())
 }

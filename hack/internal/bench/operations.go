@@ -33,6 +33,8 @@ type operation struct {
 	footprint bool
 	// ownOnly says that the peer has no such operation.
 	ownOnly bool
+	// legacy says that it works on the state of an old daemon.
+	legacy bool
 	// prepare does what is not measured and returns what is. after undoes
 	// it, not measured either. It is called for each of the batch.
 	prepare func(ctx context.Context, w *world, n int) (sample, error)

@@ -169,11 +169,16 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 			},
 		})
 	}
+	legacy := map[int]*legacyState{}
+	for _, w := range worlds {
+		w.legacy = legacy
+	}
 	if c.Limits {
 		l, err := newLimits(dir, size)
 		if err != nil {
 			return fmt.Errorf("limits: %w", err)
 		}
+		l.legacy = legacy
 		defer func() { err = errors.Join(err, l.close()) }()
 		all = append(all, contender{
 			name: Limit,
@@ -221,6 +226,12 @@ func (c *Config) runSize(ctx context.Context, dir string, size int, ops []operat
 			ns = []int{size}
 		}
 		for _, n := range ns {
+			if op.legacy && legacy[n] == nil {
+				c.progress(fmt.Sprintf("making the state of a daemon with %d records", n))
+				if legacy[n], err = c.makeLegacy(ctx, dir, n); err != nil {
+					return fmt.Errorf("%s: %w", op.name, err)
+				}
+			}
 			c.progress(fmt.Sprintf("%s, n = %d", op.name, n))
 			r, err := c.measure(ctx, op, n, op.contenders(contenders))
 			if err != nil {

@@ -21,6 +21,9 @@ type Opener struct {
 	// Portable says that a closed cache may be copied to another directory.
 	// Its state is then built in memory, without a disk to wait for.
 	Portable bool
+	// Legacy makes the directory dir as an old daemon leaves it that has n
+	// records, nil for caches that nobody migrates from.
+	Legacy func(ctx context.Context, dir string, n int) error
 }
 
 // Subject is an open cache. Its methods are safe for concurrent use.

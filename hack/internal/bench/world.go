@@ -30,6 +30,8 @@ type world struct {
 	// inputs are records to be merged, child one of base's, held.
 	inputs []Immutable
 	child  Immutable
+	// legacy are states of an old daemon, by the number of their records.
+	legacy map[int]*legacyState
 	// turn picks another record for each sample.
 	turn int
 }
