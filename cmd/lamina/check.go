@@ -73,7 +73,7 @@ type checkOptions struct {
 func parsePercent(s string) (float64, error) {
 	p, err := strconv.ParseFloat(strings.TrimSuffix(s, "%"), 64)
 	if err != nil || math.IsNaN(p) || p <= 0 || p > 100 {
-		return 0, fmt.Errorf("--read-data %q: it takes a percentage above 0 and up to 100", clip(s))
+		return 0, fmt.Errorf("--read-data %q: it takes a percentage above 0 and up to 100, for example 5 or 0.5", clip(s))
 	}
 	return p, nil
 }

@@ -14,15 +14,9 @@ import (
 )
 
 type pruneOptions struct {
-	dryRun, yes, all           bool
-	planFile, policyFile       string
-	filters, types             []string
-	keep                       string
-	reserved, maxUsed, minFree string
-	target                     string
-	byLabel                    string
-	labelValues                []string
-	unlabelled                 bool
+	dryRun, yes          bool
+	planFile, policyFile string
+	rule                 policy.Policy
 }
 
 func newPrune(a *app) *cobra.Command {
@@ -67,17 +61,17 @@ changed since. --policy reads an ordered list of such rules from a file.
 	f.BoolVar(&o.dryRun, "dry-run", false, "print the plan and remove nothing")
 	f.StringVar(&o.planFile, "plan", "", "execute the plan in `FILE`, from --dry-run --json")
 	f.BoolVar(&o.yes, "yes", false, "do not ask")
-	f.StringVar(&o.keep, "keep-duration", "", "spare what was used within `D`, e.g. 48h or 7d")
-	f.StringVar(&o.reserved, "reserved-space", "", "let the store have `S` in any case")
-	f.StringVar(&o.maxUsed, "max-used-space", "", "let the store use at most `S`")
-	f.StringVar(&o.minFree, "min-free-space", "", "have `S` free on the disk")
-	f.StringVar(&o.target, "target-space", "", "if a limit is not kept, shrink to `S`")
-	f.StringArrayVar(&o.filters, "filter", nil, "only records that match `F`")
-	f.StringArrayVar(&o.types, "type", nil, "only records of type `T`")
-	f.BoolVar(&o.all, "all", false, "protected records, too")
-	f.StringVar(&o.byLabel, "by-label", "", "let the limits hold for each value of the label `NAME`")
-	f.StringArrayVar(&o.labelValues, "label-value", nil, "with --by-label, only for the value `V`")
-	f.BoolVar(&o.unlabelled, "unlabelled", false, "with --by-label, only for records without the label")
+	f.Var(optionalFlag("duration", &o.rule.KeepDuration, parseDuration), "keep-duration", "spare what was used within `D`, e.g. 48h or 7d")
+	f.Var(optionalFlag("amount", &o.rule.Reserved, policy.ParseAmount), "reserved-space", "let the store have `S` in any case")
+	f.Var(optionalFlag("amount", &o.rule.MaxUsed, policy.ParseAmount), "max-used-space", "let the store use at most `S`")
+	f.Var(optionalFlag("amount", &o.rule.MinFree, policy.ParseAmount), "min-free-space", "have `S` free on the disk")
+	f.Var(optionalFlag("amount", &o.rule.Target, policy.ParseAmount), "target-space", "if a limit is not kept, shrink to `S`")
+	f.StringArrayVar(&o.rule.Filters, "filter", nil, "only records that match `F`")
+	f.StringArrayVar(&o.rule.Types, "type", nil, "only records of type `T`")
+	f.BoolVar(&o.rule.All, "all", false, "protected records, too")
+	f.StringVar(&o.rule.ByLabel, "by-label", "", "let the limits hold for each value of the label `NAME`")
+	f.StringArrayVar(&o.rule.LabelValues, "label-value", nil, "with --by-label, only for the value `V`")
+	f.BoolVar(&o.rule.Unlabelled, "unlabelled", false, "with --by-label, only for records without the label")
 	f.StringVar(&o.policyFile, "policy", "", "take the rules from `FILE`")
 	return cmd
 }
@@ -110,39 +104,10 @@ func (o *pruneOptions) policies(cmd *cobra.Command) ([]policy.Policy, error) {
 		defer file.Close()
 		return policy.Read(file)
 	}
-	p := policy.Policy{
-		Filters: o.filters, Types: o.types, All: o.all,
-		ByLabel: o.byLabel, LabelValues: o.labelValues, Unlabelled: o.unlabelled,
-	}
-	if _, err := policy.ParseFilters(o.filters...); err != nil {
+	if _, err := policy.ParseFilters(o.rule.Filters...); err != nil {
 		return nil, fmt.Errorf("--filter: %w", err)
 	}
-	if cmd.Flags().Changed("keep-duration") {
-		d, err := policy.ParseDuration(o.keep)
-		if err != nil {
-			return nil, fmt.Errorf("--keep-duration: %w", err)
-		}
-		p.KeepDuration = &d
-	}
-	for _, limit := range []struct {
-		flag, text string
-		to         **policy.Amount
-	}{
-		{"reserved-space", o.reserved, &p.Reserved},
-		{"max-used-space", o.maxUsed, &p.MaxUsed},
-		{"min-free-space", o.minFree, &p.MinFree},
-		{"target-space", o.target, &p.Target},
-	} {
-		if !cmd.Flags().Changed(limit.flag) {
-			continue
-		}
-		amount, err := policy.ParseAmount(limit.text)
-		if err != nil {
-			return nil, fmt.Errorf("--%s: %w", limit.flag, err)
-		}
-		*limit.to = amount
-	}
-	return []policy.Policy{p}, nil
+	return []policy.Policy{o.rule}, nil
 }
 
 func (a *app) prune(cmd *cobra.Command, o pruneOptions, policies []policy.Policy) error {

@@ -93,11 +93,13 @@ With --json an error is one JSON object on stderr.`,
 	cmd.SetErr(a.err)
 	cmd.SetHelpTemplate(helpTemplate)
 	cmd.SetUsageTemplate(usageTemplate)
+	cmd.SetFlagErrorFunc(flagError)
 	flags := cmd.PersistentFlags()
 	flags.StringVar(&a.rootDir, "root", "", "`DIR` that holds the store")
 	flags.StringVar(&a.driver, "driver", "", "snapshot `DRIVER` of a new store: overlay or native")
 	flags.BoolVar(&a.json, "json", false, "print JSON, a schema that only grows")
-	flags.DurationVar(&a.wait, "wait", defaultWait, "wait so long for another process that has the store open")
+	a.wait = defaultWait
+	flags.Var(durationFlag(&a.wait), "wait", "wait so long for another process that has the store open")
 	_ = cmd.RegisterFlagCompletionFunc("driver", cobra.FixedCompletions([]cobra.Completion{snapshot.Overlay, snapshot.Native}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.MarkPersistentFlagDirname("root")
 
@@ -127,8 +129,6 @@ func (a *app) begin(cmd *cobra.Command, _ []string) error {
 	switch {
 	case a.driver != "" && a.driver != snapshot.Overlay && a.driver != snapshot.Native:
 		return fmt.Errorf("--driver %q: there are %s and %s", a.driver, snapshot.Overlay, snapshot.Native)
-	case a.wait < 0:
-		return fmt.Errorf("--wait %s: a duration cannot be negative", a.wait)
 	case cmd.Flags().Changed("root") && a.rootDir == "":
 		return fmt.Errorf("--root is empty")
 	}
