@@ -326,7 +326,7 @@ func TestCrashAtEveryStep(t *testing.T) {
 			}
 			require.Positive(t, c.copies)
 			require.Positive(t, c.settled)
-			t.Logf("%d histories cut at %d steps: %d different stores settled", c.histories, c.copies, c.settled)
+			t.Logf("rig: %d histories cut at %d steps: %d different stores settled", c.histories, c.copies, c.settled)
 		})
 	}
 }

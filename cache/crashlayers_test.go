@@ -162,7 +162,7 @@ func TestLayersCrashAtEveryStep(t *testing.T) {
 					settled += s.survives(at.step+" same boot", at.dir, "this boot", true)
 					settled += s.survives(at.step+" other boot", twin, "another boot", true)
 				}
-				t.Logf("cut at %d steps: %d stores settled", len(rec.copies), settled)
+				t.Logf("rig: cut at %d steps: %d stores settled", len(rec.copies), settled)
 			})
 		}
 	}

@@ -407,7 +407,8 @@ func TestEveryDriverCallFails(t *testing.T) {
 				}
 			}
 		}
-		f.Logf("%d calls failed in turn, before and after their work; noticed by %v", n, slices.Sorted(maps.Keys(seen)))
+		f.Logf("rig: %d calls failed in turn, before and after their work", n)
+		f.Logf("noticed by %v", slices.Sorted(maps.Keys(seen)))
 		for _, name := range []string{"New a", "New b", "Finalize b", "Write a", "Read b", "Release d", "Remove [c]"} {
 			require.True(f, seen[name], "no failure of %s", name)
 		}
@@ -455,7 +456,8 @@ func (f *faultRun) failEachStep(errno syscall.Errno) (noticed map[string]bool, s
 			noticed[name] = true
 		}
 		if i > n {
-			f.Logf("%d steps failed in turn; noticed by %v", n, slices.Sorted(maps.Keys(noticed)))
+			f.Logf("rig: %d steps failed in turn with %v", n, errno)
+			f.Logf("noticed by %v", slices.Sorted(maps.Keys(noticed)))
 			return noticed, n
 		}
 	}

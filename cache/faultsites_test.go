@@ -381,7 +381,7 @@ func TestEverySiteGoesWrong(t *testing.T) {
 					runs++
 				}
 			}
-			t.Logf("rig: faults on %s, shared content %t: %d runs with a fault, %d of %d operations failed", c.kind.name, c.shared, runs-ways, len(r.failed), len(restCalls))
+			t.Logf("rig: %d runs with a fault, %d of %d operations failed", runs-ways, len(r.failed), len(restCalls))
 			t.Logf("sites: %v", r.kinds)
 			if stride > 1 {
 				return

@@ -229,7 +229,7 @@ func TestKilledProcesses(t *testing.T) {
 		kills = 100
 	}
 	n := seed(t)
-	t.Logf("%d kills", kills)
+	t.Logf("rig: %d kills", kills)
 	for i, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
 			w := newWorld(t, k)
@@ -257,7 +257,7 @@ func TestKilledProcesses(t *testing.T) {
 				w.closeStore()
 				require.False(t, w.dirty())
 			}
-			t.Logf("%d operations acknowledged, %d records", b.acks, len(b.state))
+			t.Logf("rig: %d operations acknowledged, %d records", b.acks, len(b.state))
 			require.Greater(t, b.acks, 10)
 		})
 	}

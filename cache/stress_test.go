@@ -249,7 +249,7 @@ func TestManyAtOnce(t *testing.T) {
 		for err := range failures {
 			require.NoError(w, err)
 		}
-		w.Logf("%d commits, %d reopens, %d removals", c.committed.Load(), c.reopened.Load(), c.removed.Load())
+		w.Logf("rig: %d commits, %d reopens, %d removals", c.committed.Load(), c.reopened.Load(), c.removed.Load())
 		require.Positive(w, c.committed.Load())
 		require.Positive(w, c.reopened.Load())
 		require.Positive(w, c.removed.Load())

@@ -162,7 +162,7 @@ func testKilledCommands(t *testing.T, driver string) {
 	if t.Failed() {
 		return
 	}
-	t.Logf("driver %s, seed %d: %d processes killed", driver, seed, k.killed)
+	t.Logf("rig: seed %d: %d processes killed", seed, k.killed)
 
 	for key, tokens := range k.kept {
 		out, _, ok := k.lamina(false, "run", "--key", key, "--no-memo", "--", "cat", "tokens")

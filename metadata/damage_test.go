@@ -314,7 +314,7 @@ func TestEveryByteFlipped(t *testing.T) {
 					b[at] ^= bits
 				}
 			}
-			t.Logf("%+v", o)
+			t.Logf("rig: %d damaged stores refused, %d opened with the damage named, %d whole", o.refused, o.damaged, o.whole)
 		})
 	}
 }
@@ -333,7 +333,7 @@ func TestEveryPageLost(t *testing.T) {
 	require.NotZero(t, o.refused)
 	require.NotZero(t, o.damaged)
 	require.NotZero(t, o.whole, "free pages do not matter")
-	t.Logf("%+v", o)
+	t.Logf("rig: %d damaged stores refused, %d opened with the damage named, %d whole", o.refused, o.damaged, o.whole)
 }
 
 // TestEveryBranchAstray makes each branch of a store that was closed cleanly
@@ -366,7 +366,7 @@ func TestEveryBranchAstray(t *testing.T) {
 	}
 	w.run()
 	require.NotZero(t, o.damaged+o.refused)
-	t.Logf("%+v", o)
+	t.Logf("rig: %d damaged stores refused, %d opened with the damage named, %d whole", o.refused, o.damaged, o.whole)
 }
 
 // TestWriteToDamaged: what is written to a store with a damaged page does not

@@ -58,7 +58,7 @@ func RunConcurrent(t *testing.T, open Opener, o Options) {
 				seed, envSeed, seed, drawing, describeEvents(events))
 		}
 	}
-	t.Logf("%d histories of %d clients from seed %d: %d operations, %d void", r.Histories, clients, r.Seed, operations, void)
+	t.Logf("rig: %d histories of %d clients from seed %d: %d operations, %d void", r.Histories, clients, r.Seed, operations, void)
 	if void*100 > r.Histories {
 		t.Fatalf("%d of %d histories are void", void, r.Histories)
 	}

@@ -150,7 +150,7 @@ func (r *runner) all() {
 	if failed.Load() != nil {
 		r.report(seed.Load())
 	}
-	r.t.Logf("%d histories from seed %d: %d operations, %d failures and crashes injected, %d opens",
+	r.t.Logf("rig: %d histories from seed %d: %d operations, %d failures and crashes injected, %d opens",
 		r.Histories, r.Seed, r.ops.Load(), r.injected.Load(), r.stores.Load())
 }
 

@@ -47,5 +47,5 @@ func testHistories(t *testing.T, dir string, open Opener) {
 		h.reopen(rt)
 		h.same(rt)
 	})
-	t.Logf("rig: histories of the record store: %d histories", n)
+	t.Logf("rig: %d histories", n)
 }

@@ -80,7 +80,7 @@ func testEveryStepFails(t *testing.T, dir string, open Opener) {
 		require.NoError(t, s.Close())
 		if met = n >= at; !met {
 			require.Greater(t, n, len(steps()), "no steps were met: the opener leaves Step out")
-			t.Logf("rig: failing steps of the record store: %d steps", n)
+			t.Logf("rig: %d steps failed in turn", n)
 		}
 	}
 }

@@ -1,0 +1,137 @@
+// Command counts writes what the rigs counted into a page: hack/counts runs it.
+// It reads the events of go test -json, and takes from them each line of a test
+// that begins with "rig: ".
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// The block of the page that is written anew.
+const (
+	begin = "<!-- counts: hack/counts writes this -->\n"
+	end   = "<!-- end of counts -->\n"
+)
+
+// event is a line of go test -json.
+type event struct {
+	Action, Package, Test, Output string
+}
+
+var rigLine = regexp.MustCompile(`rig: (.*)\n`)
+
+// count is a row of the table.
+type count struct{ rig, text string }
+
+// read collects the counts of one run. It fails if a test of the run did.
+func read(r io.Reader) (rows []count, err error) {
+	lines := bufio.NewReader(r)
+	for {
+		line, err := lines.ReadBytes('\n')
+		if errors.Is(err, io.EOF) && len(line) == 0 {
+			return rows, nil
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+		var e event
+		if json.Unmarshal(line, &e) != nil {
+			continue // the compiler's words
+		}
+		if e.Action == "fail" {
+			return nil, fmt.Errorf("%s %s failed", e.Package, e.Test)
+		}
+		if m := rigLine.FindStringSubmatch(e.Output); e.Action == "output" && m != nil {
+			rows = append(rows, count{path.Base(e.Package) + "." + e.Test, m[1]})
+		}
+	}
+}
+
+// mutants sums up a result file of hack/mutate.
+func mutants(file string) (count, error) {
+	var list []struct {
+		CaughtBy string `json:"caught_by"`
+	}
+	text, err := os.ReadFile(file)
+	if err == nil {
+		err = json.Unmarshal(text, &list)
+	}
+	caught := 0
+	for _, r := range list {
+		if r.CaughtBy != "" {
+			caught++
+		}
+	}
+	return count{"hack/mutate", fmt.Sprintf("%d mutants, %d caught", len(list), caught)}, err
+}
+
+// table is the rows as markdown, sorted.
+func table(rows []count) string {
+	slices.SortFunc(rows, func(a, b count) int {
+		return strings.Compare(a.rig+"\x00"+a.text, b.rig+"\x00"+b.text)
+	})
+	var out strings.Builder
+	out.WriteString("| rig | counted |\n|---|---|\n")
+	for _, r := range slices.Compact(rows) {
+		fmt.Fprintf(&out, "| `%s` | %s |\n", r.rig, strings.NewReplacer("|", `\|`, "<", "&lt;").Replace(r.text))
+	}
+	return out.String()
+}
+
+// replace puts a text into the block of a page.
+func replace(page, text string) (string, error) {
+	before, rest, there := strings.Cut(page, begin)
+	_, after, ends := strings.Cut(rest, end)
+	if !there || !ends {
+		return "", errors.New("the page has no block of counts")
+	}
+	return before + begin + text + end + after, nil
+}
+
+func run(page, results string, in io.Reader) error {
+	rows, err := read(in)
+	if err != nil {
+		return err
+	}
+	if len(rows) == 0 {
+		return errors.New("no rig has counted anything")
+	}
+	m, err := mutants(results)
+	if err != nil {
+		return err
+	}
+	text := table(append(rows, m))
+	if page == "" {
+		_, err = os.Stdout.WriteString(text)
+		return err
+	}
+	old, err := os.ReadFile(page)
+	if err != nil {
+		return err
+	}
+	now, err := replace(string(old), text)
+	if err != nil {
+		return fmt.Errorf("%s: %w", page, err)
+	}
+	return os.WriteFile(page, []byte(now), 0o644)
+}
+
+func main() {
+	page := flag.String("page", "", "write the table into this page; to the terminal if empty")
+	results := flag.String("mutants", "hack/mutate.json", "the results of hack/mutate")
+	flag.Parse()
+	if err := run(*page, *results, os.Stdin); err != nil {
+		fmt.Fprintln(os.Stderr, "counts:", err)
+		os.Exit(1)
+	}
+}

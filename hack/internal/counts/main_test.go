@@ -1,0 +1,25 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestCounts(t *testing.T) {
+	rows, err := read(strings.NewReader(`{"Action":"output","Package":"x/cache","Test":"TestB","Output":"    a_test.go:1: rig: 5 histories\n"}
+# some words of the compiler
+{"Action":"output","Package":"x/cache","Test":"TestB","Output":"no counts\n"}
+{"Action":"output","Package":"x/cache","Test":"TestA","Output":"rig: 3 a|b\n"}
+{"Action":"pass","Package":"x/cache"}
+`))
+	require.NoError(t, err)
+	page, err := replace("head\n"+begin+"old\n"+end+"tail\n", table(rows))
+	require.NoError(t, err)
+	require.Equal(t, "head\n"+begin+"| rig | counted |\n|---|---|\n| `cache.TestA` | 3 a\\|b |\n| `cache.TestB` | 5 histories |\n"+end+"tail\n", page)
+	_, err = replace("no block", "")
+	require.Error(t, err)
+	_, err = read(strings.NewReader(`{"Action":"fail","Package":"x/cache","Test":"TestA"}`))
+	require.ErrorContains(t, err, "TestA failed")
+}
