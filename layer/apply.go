@@ -19,7 +19,8 @@ import (
 // the directory root, as the package's doc says. Nobody else may change that
 // meanwhile.
 //
-// r is read ahead by another goroutine; Apply returns when its last Read has.
+// r is read ahead by another goroutine, and small files are written by others;
+// Apply returns when all of them have ended.
 // When Apply fails, the layer is half applied and root is to be thrown away.
 // The caller compares DiffID: a layer that was cut between two entries, or in
 // the extended header before one, looks like one that ends there.
@@ -104,6 +105,7 @@ type applier struct {
 	seed maphash.Seed
 
 	later  []pendingLink
+	behind *behind
 	copier fsat.Copier
 }
 
@@ -155,7 +157,11 @@ func (a *applier) run(fd int) (_ Applied, err error) {
 	}
 	a.dirs.open[""] = top
 	a.dirs.front(top)
+	a.behind = a.startBehind()
 	defer func() {
+		if berr := a.behind.end(); err == nil {
+			err = berr
+		}
 		err = errors.Join(err, a.dirs.closeAll(err == nil))
 		a.lower.close()
 	}()
@@ -183,6 +189,9 @@ func (a *applier) entries() error {
 	for {
 		if a.ctx.Err() != nil {
 			return context.Cause(a.ctx)
+		}
+		if err := a.behind.err(); err != nil {
+			return err
 		}
 		h, err := a.tar.Next()
 		if err == io.EOF {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -357,6 +358,21 @@ func TestFullDisk(t *testing.T) {
 	var e *layer.EntryError
 	require.ErrorAs(t, err, &e)
 	require.Equal(t, "d/large", e.Name)
+
+	// The same of files that are written behind, even if it is the last one.
+	require.NoError(t, os.RemoveAll(filepath.Join(dir, "d")))
+	var small []ent
+	for i := range 20 {
+		small = append(small, file(fmt.Sprintf("some/%d", i), strings.Repeat("x", 60<<10)))
+	}
+	for _, n := range []int{18, 20} {
+		_, err = layer.Apply(t.Context(), dir, bytes.NewReader(pack(t, small[:n]...)), mine())
+		require.ErrorIs(t, err, unix.ENOSPC, "%d files", n)
+		require.ErrorAs(t, err, &e)
+		require.Regexp(t, "^some/", e.Name)
+		require.NoError(t, os.RemoveAll(filepath.Join(dir, "some")))
+	}
+	apply(t, dir, pack(t, small[:16]...), mine())
 }
 
 type errReader struct{ err error }

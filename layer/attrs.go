@@ -144,34 +144,42 @@ func (a *applier) newOwner(at *dir, w *attributes) bool {
 }
 
 // setFileAttributes finishes a new regular file that was made with the mode
-// made. The order counts: a new owner takes set-id bits and capabilities away,
-// and an ACL changes the mode.
+// made and has its content.
 func (a *applier) setFileAttributes(at *dir, base string, fd int, made uint32, w *attributes) error {
-	chmod := made != w.mode || !a.exactModes
-	if a.newOwner(at, w) {
-		if err := unix.Fchown(fd, int(w.uid), int(w.gid)); err != nil {
-			return ownerError(join(at.path, base), w, err)
+	return a.finish(&unfinished{
+		dir: at.path, base: base, fd: fd, made: made, want: w, owned: a.newOwner(at, w), inherits: at.inherits,
+	})
+}
+
+// finish gives a new regular file its attributes. The order counts: a new owner
+// takes set-id bits and capabilities away, and an ACL changes the mode.
+func (a *applier) finish(u *unfinished) error {
+	w := u.want
+	chmod := u.made != w.mode || !a.exactModes
+	if u.owned {
+		if err := unix.Fchown(u.fd, int(w.uid), int(w.gid)); err != nil {
+			return ownerError(join(u.dir, u.base), w, err)
 		}
 	}
-	if at.inherits {
-		if err := dropACLs(fd); err != nil {
-			return failed("remove inherited attributes of", join(at.path, base), err)
+	if u.inherits {
+		if err := dropACLs(u.fd); err != nil {
+			return failed("remove inherited attributes of", join(u.dir, u.base), err)
 		}
 		chmod = true
 	}
 	if len(w.xattrs) > 0 {
-		if err := a.setXattrs(fd, false, join(at.path, base), unix.S_IFREG, w); err != nil {
+		if err := a.setXattrs(u.fd, false, join(u.dir, u.base), unix.S_IFREG, w); err != nil {
 			return err
 		}
 		chmod = chmod || w.hasACL()
 	}
 	if chmod {
-		if err := unix.Fchmod(fd, w.mode); err != nil {
-			return failed("set mode of", join(at.path, base), err)
+		if err := unix.Fchmod(u.fd, w.mode); err != nil {
+			return failed("set mode of", join(u.dir, u.base), err)
 		}
 	}
-	if err := setTimes(fd, &[2]unix.Timespec{w.atime, w.mtime}); err != nil {
-		return failed("set times of", join(at.path, base), err)
+	if err := setTimes(u.fd, &[2]unix.Timespec{w.atime, w.mtime}); err != nil {
+		return failed("set times of", join(u.dir, u.base), err)
 	}
 	return nil
 }

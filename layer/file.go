@@ -44,6 +44,9 @@ func (a *applier) file(up, base string, h *tar.Header) error {
 	}
 	at.changed = true
 	a.markIn(at, base)
+	if a.behind.takes(at, h, want) {
+		return a.behind.add(at, base, fd, mode, h, want)
+	}
 	err = a.content(at, base, fd, h)
 	if err == nil {
 		err = a.setFileAttributes(at, base, fd, mode, want)
@@ -54,22 +57,25 @@ func (a *applier) file(up, base string, h *tar.Header) error {
 	return err
 }
 
-// content writes what the entry holds.
-func (a *applier) content(at *dir, base string, fd int, h *tar.Header) error {
+// isSparse says that the entry has holes.
+func isSparse(h *tar.Header) bool {
 	sparse := h.Typeflag == tar.TypeGNUSparse
 	for key := range h.PAXRecords {
 		sparse = sparse || strings.HasPrefix(key, "GNU.sparse.")
 	}
+	return sparse
+}
+
+// content writes what the entry holds.
+func (a *applier) content(at *dir, base string, fd int, h *tar.Header) error {
+	sparse := isSparse(h)
 	for pos := int64(0); pos < h.Size; {
 		if pos > 0 && a.ctx.Err() != nil {
 			return a.ctx.Err()
 		}
 		buf := a.buf[:min(h.Size-pos, int64(len(a.buf)))]
 		if _, err := io.ReadFull(a.tar, buf); err != nil {
-			if errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
-			return badArchive(a.stream, err)
+			return unexpected(a.stream, err)
 		}
 		write := writeAll
 		if sparse {
