@@ -120,15 +120,12 @@ func (o *overlay) cleanCopy(ctx context.Context, name, layer string, opts []snap
 // mounted, over the committed name parent. Of a copy with hard links, names
 // says how many names each file has in it; files are not measured then.
 func (o *overlay) cleanLayer(ctx context.Context, upper, parent string, names map[inodeID]int) (_ snapshots.Usage, err error) {
-	chain, err := o.chain(parent, 1<<30)
-	if err != nil {
-		return snapshots.Usage{}, err
-	}
 	m := marksOf(o.info.Attributes)
-	lower, err := openUnion(m, o.layers(chain))
-	if err != nil {
-		return snapshots.Usage{}, err
-	}
+	// A layer that is empty, or hides things only, is clean whatever lies below.
+	lower := &union{marks: m, roots: func() ([]string, error) {
+		chain, err := o.chain(parent, 1<<30)
+		return o.layers(chain), err
+	}}
 	defer func() { err = errors.Join(err, lower.close()) }()
 	root, err := openPlace(unix.AT_FDCWD, upper, unix.O_DIRECTORY)
 	if err != nil {

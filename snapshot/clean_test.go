@@ -75,6 +75,38 @@ func TestCleanDropsWhatIsTheParents(t *testing.T) {
 	}
 }
 
+// A layer that is empty or hides things only is clean whatever lies below it,
+// which need not be opened: there may be hundreds of layers.
+func TestCleanOpensParentsWhenItHasTo(t *testing.T) {
+	d, root := stage(t)
+	below := filepath.Join(root, "snapshots", "committed", "base", "fs")
+	away := below + "-away"
+	for name, c := range map[string]struct {
+		do   func(dir string)
+		need bool
+	}{
+		"nothing":   {do: func(string) {}},
+		"whiteouts": {do: func(dir string) { require.NoError(t, os.Remove(filepath.Join(dir, "a"))) }},
+		"a file":    {do: func(dir string) { file(t, filepath.Join(dir, "new"), "x") }, need: true},
+		"directory": {do: func(dir string) { require.NoError(t, os.Mkdir(filepath.Join(dir, "new"), 0o755)) }, need: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := d.Prepare(t.Context(), "k", "base")
+			require.NoError(t, err)
+			mounted(t, d, "k", false, c.do)
+			require.NoError(t, os.Rename(below, away))
+			_, err = stacker(t, d).Clean(t.Context(), "k")
+			require.NoError(t, os.Rename(away, below))
+			if c.need {
+				require.ErrorIs(t, err, os.ErrNotExist)
+			} else {
+				require.NoError(t, err)
+			}
+			require.NoError(t, d.Remove(t.Context(), "k"))
+		})
+	}
+}
+
 // What differs in anything stays, with the times of the directories.
 func TestCleanKeepsWhatDiffers(t *testing.T) {
 	d, _ := stage(t)

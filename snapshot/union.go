@@ -17,6 +17,8 @@ import (
 type union struct {
 	marks marks
 	parts []part // topmost first; none at all is an empty directory
+	// roots, if not nil, says which directories the first lookup has to open.
+	roots func() ([]string, error)
 }
 
 // part is one of the directories that a union consists of.
@@ -44,16 +46,23 @@ func (f *found) isRegular() bool { return f.st.Mode&unix.S_IFMT == unix.S_IFREG 
 // links.
 func openUnion(m marks, roots []string) (u *union, err error) {
 	u = &union{marks: m}
+	if err := u.open(roots); err != nil {
+		return nil, errors.Join(err, u.close())
+	}
+	return u, nil
+}
+
+func (u *union) open(roots []string) error {
 	for _, root := range roots {
 		place, err := openPlace(unix.AT_FDCWD, root, unix.O_DIRECTORY)
 		if err != nil {
-			return nil, errors.Join(asNotFound(err), u.close())
+			return asNotFound(err)
 		}
 		if _, err := u.add(place); err != nil {
-			return nil, errors.Join(err, u.close())
+			return err
 		}
 	}
-	return u, nil
+	return nil
 }
 
 // add puts the directory of a place, which is closed, below the others.
@@ -159,6 +168,16 @@ func (u *union) in(i int, name string) (f found, ok bool, err error) {
 
 // lookup is what the directory shows under name.
 func (u *union) lookup(name string) (f found, ok bool, err error) {
+	if u.roots != nil {
+		roots, err := u.roots()
+		if err == nil {
+			err = u.open(roots)
+		}
+		if err != nil {
+			return found{}, false, err
+		}
+		u.roots = nil
+	}
 	for i := range u.parts {
 		f, ok, err := u.in(i, name)
 		if err != nil || ok {
