@@ -25,7 +25,7 @@ const (
 
 // CollectOptions have a manager prune by itself, beside what else it does.
 //
-// New, Commit and Extract say that something has changed; whether a limit of a
+// New, Commit, Extract and whatever keeps a blob say that something has changed; whether a limit of a
 // policy is exceeded is then looked at in the background: MaxUsedSpace and
 // MinFreeSpace are the high watermarks, TargetSpace is the low one. Nobody
 // waits for a collection, there is one at a time, and what somebody holds stays:

@@ -129,6 +129,46 @@ func TestCollectForTheDisk(t *testing.T) {
 	c.stop()
 }
 
+// TestCollectForLayers: what is extracted, and what is written as a blob, takes
+// room of the disk as what is committed does.
+func TestCollectForLayers(t *testing.T) {
+	for name, prepare := range map[string]func(c *collecting) (imm *cache.ImmutableRef, do func() error){
+		"extract": func(c *collecting) (*cache.ImmutableRef, func() error) {
+			ref, _ := c.chainOf(1, newRegistry())
+			return ref, func() error { return ref.Extract(c.ctx) }
+		},
+		"merge": func(c *collecting) (*cache.ImmutableRef, func() error) {
+			a, b := c.layer(nil, "a", "1"), c.layer(nil, "b", "1")
+			ref := c.merge(a, b)
+			c.release(a, b)
+			return ref, func() error { return ref.Extract(c.ctx) }
+		},
+		"blob": func(c *collecting) (*cache.ImmutableRef, func() error) {
+			ref := c.layer(nil, "a", "1")
+			return ref, func() error {
+				r, err := ref.GetRemotes(c.ctx, gzipped)
+				if err != nil {
+					return err
+				}
+				return r.Release(c.ctx)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newCollecting(t, nil, policy.Policy{MinFree: policy.Bytes(1 << 30)})
+			c.fill(1, nil)
+			ref, do := prepare(c)
+			c.free.Store(1<<30 - 1)
+			require.NoError(t, do())
+			require.Contains(t, <-c.begun, "above")
+			require.Equal(t, 1, (<-c.ended).Removed)
+			c.release(ref)
+			c.free.Store(1 << 40)
+			c.stop()
+		})
+	}
+}
+
 // TestAHandleIsAVeto even if it comes after the plan was made.
 func TestAHandleIsAVeto(t *testing.T) {
 	var c *collecting

@@ -208,6 +208,7 @@ func (x *extraction) swap(ctx context.Context, e *entry) error {
 	x.recorded = true
 	m.syncer.committed()
 	m.sizer.add(e.id)
+	m.collector.poke()
 	m.lock()
 	delete(m.unswapped, rec.ID)
 	m.unlock()

@@ -135,5 +135,8 @@ func (b *blobStore) adopt(ctx context.Context, d digest.Digest) (_ *published, e
 // end says whether a record names the blob now. If not, it goes, unless
 // another one does.
 func (p *published) end(ctx context.Context, recorded bool) error {
+	if recorded {
+		p.b.m.collector.poke()
+	}
 	return p.b.unpin(context.WithoutCancel(ctx), p.digest, !recorded)
 }
