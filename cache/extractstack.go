@@ -93,13 +93,26 @@ func (m *Manager) stackable(ctx context.Context, s snapshot.Stacker, id ID) (str
 	_, err = m.cleaning.do(ctx, &m.running, id, func(ctx context.Context) (struct{}, error) {
 		_, err := m.driver.Stat(ctx, copied)
 		if is(err, errdefs.ErrNotFound) {
-			if err = m.step("clean copy"); err == nil {
-				err = s.CleanCopy(ctx, copied, key)
-			}
+			err = m.cleanCopy(ctx, s, id, copied, key)
 		}
 		return struct{}{}, err
 	})
 	return copied, err
+}
+
+// cleanCopy makes the cleaned copy of a record's layer, which counts as its
+// record's: so its size is not known any more from before there is one.
+func (m *Manager) cleanCopy(ctx context.Context, s snapshot.Stacker, id ID, copied, key string) error {
+	m.copies.begin()
+	defer m.sizer.add(id)
+	defer m.copies.end()
+	if err := m.forgetSize(ctx, id); err != nil {
+		return err
+	}
+	if err := m.step("clean copy"); err != nil {
+		return err
+	}
+	return s.CleanCopy(ctx, copied, key)
 }
 
 // cleanKey is the driver's name of a cleaned copy of a record's layer. It

@@ -56,6 +56,7 @@ type Manager struct {
 	// extracting and cleaning share the extraction of one record, and the
 	// making of a cleaned copy of its layer.
 	extracting, cleaning shared[ID, struct{}]
+	copies               copies
 	// blobbing shares the making of one blob.
 	blobbing shared[blobKey, ocispec.Descriptor]
 

@@ -410,6 +410,54 @@ func TestUsageIsWhatTheDiskSays(t *testing.T) {
 	}
 }
 
+// TestUsageCountsCleanedCopies: a merge of a layer that somebody looked at while
+// it was finalized stacks a cleaned copy of it, which has directories of its
+// own. They count as that record's, whoever had measured it before.
+func TestUsageCountsCleanedCopies(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t, overlayKind)
+	w.opts = func(o *cache.Options) { o.SyncInterval = time.Hour }
+	w.reopenStore()
+	const dirs = 300
+	raw := w.change(nil, func(dir string) {
+		for i := range dirs {
+			require.NoError(t, os.Mkdir(filepath.Join(dir, fmt.Sprint(i)), 0o755))
+			require.NoError(t, os.WriteFile(filepath.Join(dir, fmt.Sprint(i), "f"), []byte("x"), 0o644))
+		}
+	})
+	mnt, err := raw.Mount(w.ctx)
+	require.NoError(t, err)
+	require.NoError(t, raw.Finalize(w.ctx))
+	require.NoError(t, mnt.Unmount())
+	require.True(t, raw.Record().Raw)
+	other := w.layer(nil, "g", "1")
+	agrees := func() {
+		t.Helper()
+		u, err := w.DiskUsage(w.ctx, nil)
+		require.NoError(t, err)
+		have := blocksOf(t, w.root)
+		require.InDelta(t, have, u.Total, max(float64(have)/100, 256<<10))
+		_, err = w.Measure(w.ctx)
+		require.NoError(t, err)
+		used, err := w.Used(w.ctx)
+		require.NoError(t, err)
+		require.Equal(t, u.Snapshots, used)
+	}
+	agrees()
+	before := raw.Record().Size
+	require.Positive(t, before)
+	merged := w.merge(raw, other)
+	require.NoError(t, merged.Extract(w.ctx))
+	agrees()
+	require.GreaterOrEqual(t, raw.Record().Size, before+dirs*4096)
+
+	// They go with their record.
+	w.release(raw, other, merged)
+	w.removeAll(idsOf(w)...)
+	agrees()
+	w.opts = nil
+}
+
 // blocksOf measures a directory as du does: each inode once.
 func blocksOf(t testing.TB, root string) (bytes int64) {
 	seen := map[uint64]bool{}

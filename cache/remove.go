@@ -389,17 +389,24 @@ func (m *Manager) setLeftover() {
 	m.leftover = true
 }
 
-// driverKeys are the names that the snapshot of a record may have: besides the
-// one that the record says, the former one and the one that a finalize gives,
-// which a crash can leave.
-func driverKeys(rec *Record) (keys []string) {
+// driverKeys are the names that belong to a record: those that its snapshot may
+// have, and that of the cleaned copy of its layer.
+func driverKeys(rec *Record) []string {
+	keys := snapshotKeys(rec)
+	if rec.Raw {
+		keys = append(keys, cleanKey(rec.ID))
+	}
+	return keys
+}
+
+// snapshotKeys are the names that the snapshot of a record may have: besides
+// the one that the record says, the former one and the one that a finalize
+// gives, which a crash can leave.
+func snapshotKeys(rec *Record) (keys []string) {
 	for _, key := range []string{rec.Key, rec.Was, string(rec.ID)} {
 		if key != "" && !slices.Contains(keys, key) {
 			keys = append(keys, key)
 		}
-	}
-	if rec.Raw {
-		keys = append(keys, cleanKey(rec.ID))
 	}
 	return keys
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -147,11 +148,48 @@ func (m *Manager) measureRecords(ctx context.Context, list func(*metadata.Tx) []
 	if err != nil {
 		return 0, fmt.Errorf("list what is to be measured: %w", err)
 	}
+	began := m.copies.began()
 	sizes, err := m.measure(ctx, recs)
 	if err != nil {
 		return 0, err
 	}
-	return m.writeSizes(ctx, recs, sizes)
+	return m.writeSizes(ctx, recs, sizes, began)
+}
+
+// copies counts the cleaned copies of layers that are made, so that no size is
+// written that was measured while one appeared.
+type copies struct{ begun, ended atomic.Uint64 }
+
+func (c *copies) begin() { c.begun.Add(1) }
+func (c *copies) end()   { c.ended.Add(1) }
+
+// began is how many had begun when none was being made; zero is none.
+func (c *copies) began() *uint64 {
+	ended := c.ended.Load()
+	if c.begun.Load() != ended {
+		return nil
+	}
+	return &ended
+}
+
+// forgetSize makes the size of a record unknown, as it is about to change.
+func (m *Manager) forgetSize(ctx context.Context, id ID) error {
+	var forgot []*Record
+	err := m.store.Update(ctx, func(tx *metadata.Tx) error {
+		forgot = nil
+		rec, err := tx.Get(id)
+		if err != nil || rec.Size == metadata.SizeUnknown {
+			return err
+		}
+		rec.Size = metadata.SizeUnknown
+		forgot = []*Record{rec}
+		return tx.Mark(rec)
+	})
+	if err != nil {
+		return fmt.Errorf("note that the size of record %s changes: %w", short(id), err)
+	}
+	m.publishMarks(forgot, func(rec, marked *Record) { rec.Size = marked.Size })
+	return nil
 }
 
 // measure gives the sizes of the records' snapshots, in their order.
@@ -174,15 +212,23 @@ func (m *Manager) measure(ctx context.Context, recs []*Record) ([]int64, error) 
 }
 
 // sizeOf asks the driver, under the name that the snapshot has by then. One
-// that is gone occupies nothing.
-func (m *Manager) sizeOf(ctx context.Context, rec *Record) (int64, error) {
-	for _, key := range driverKeys(rec) {
-		size, err := m.sizeOfKey(ctx, key)
+// that is gone occupies nothing. With it counts the cleaned copy of its layer.
+func (m *Manager) sizeOf(ctx context.Context, rec *Record) (size int64, err error) {
+	for _, key := range snapshotKeys(rec) {
+		size, err = m.sizeOfKey(ctx, key)
 		if !is(err, errdefs.ErrNotFound) {
-			return size, err
+			break
 		}
 	}
-	return 0, nil
+	if err == nil && rec.Raw {
+		var more int64
+		more, err = m.sizeOfKey(ctx, cleanKey(rec.ID))
+		size += more
+	}
+	if is(err, errdefs.ErrNotFound) {
+		err = nil
+	}
+	return size, err
 }
 
 // sizeOfKey is what a removal of a driver key frees.
@@ -199,8 +245,9 @@ func (m *Manager) sizeOfKey(ctx context.Context, key string) (int64, error) {
 }
 
 // writeSizes writes sizes that were measured, leaving out records that have
-// moved on. It says how many were written.
-func (m *Manager) writeSizes(ctx context.Context, recs []*Record, sizes []int64) (n int, err error) {
+// moved on. It says how many were written. began is of before they were
+// measured.
+func (m *Manager) writeSizes(ctx context.Context, recs []*Record, sizes []int64, began *uint64) (n int, err error) {
 	for from := 0; from < len(recs); from += measureBatch {
 		to := min(from+measureBatch, len(recs))
 		var marked []*Record
@@ -214,7 +261,7 @@ func (m *Manager) writeSizes(ctx context.Context, recs []*Record, sizes []int64)
 				if err != nil {
 					return err
 				}
-				if rec.Size == sizes[i] {
+				if rec.Size == sizes[i] || rec.Raw && (began == nil || m.copies.begun.Load() != *began) {
 					continue
 				}
 				rec.Size = sizes[i]
