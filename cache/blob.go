@@ -59,7 +59,8 @@ func descriptor(rec *Record, b *Blob) ocispec.Descriptor {
 	return desc
 }
 
-// blobOf is what a descriptor says of a blob.
+// blobOf is what a descriptor says of a blob, with a DiffID that is known to be
+// right.
 func blobOf(desc ocispec.Descriptor, diffID digest.Digest, stored bool) Blob {
 	return Blob{
 		Digest: desc.Digest, MediaType: desc.MediaType, Size: desc.Size, DiffID: diffID,
@@ -67,11 +68,13 @@ func blobOf(desc ocispec.Descriptor, diffID digest.Digest, stored bool) Blob {
 	}
 }
 
-// withBlob adds a blob to a record, or notes that it is stored.
+// withBlob adds a blob to a record, or notes that it is stored, or that its
+// DiffID is right.
 func withBlob(rec *Record, b Blob) {
 	for i := range rec.Blobs {
 		if rec.Blobs[i].Digest == b.Digest {
 			rec.Blobs[i].Stored = rec.Blobs[i].Stored || b.Stored
+			rec.Blobs[i].Claimed = rec.Blobs[i].Claimed && b.Claimed
 			return
 		}
 	}
@@ -87,10 +90,13 @@ type source struct {
 }
 
 // sources lists the blobs of a layer that can be read: those that are here, then
-// those that somebody offered to provide.
+// those that somebody offered to provide; in both groups those that are known
+// to hold the layer first.
 func (b *blobStore) sources(ctx context.Context, rec *Record) (list []source, err error) {
 	var offered []source
-	for _, blob := range rec.Blobs {
+	blobs := slices.Clone(rec.Blobs)
+	slices.SortStableFunc(blobs, func(x, y Blob) int { return compareBools(x.Claimed, y.Claimed) })
+	for _, blob := range blobs {
 		if _, cerr := layer.CompressionOf(blob.MediaType); cerr != nil {
 			continue
 		}
@@ -106,6 +112,26 @@ func (b *blobStore) sources(ctx context.Context, rec *Record) (list []source, er
 		}
 	}
 	return append(list, offered...), nil
+}
+
+func compareBools(x, y bool) int {
+	switch {
+	case x == y:
+		return 0
+	case y:
+		return -1
+	}
+	return 1
+}
+
+// proven is the first of sources that is here and known to hold the layer; ok
+// is false if there is none.
+func (b *blobStore) proven(ctx context.Context, rec *Record) (src source, ok bool, err error) {
+	list, err := b.sources(ctx, rec)
+	if err != nil || len(list) == 0 || !list[0].stored || list[0].blob.Claimed {
+		return source{}, false, err
+	}
+	return list[0], true, nil
 }
 
 // source is the first of sources; ok is false if there is none.

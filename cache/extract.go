@@ -7,6 +7,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
 
 	"github.com/lamina-build/lamina/metadata"
 )
@@ -103,8 +104,10 @@ type extraction struct {
 	rec *Record
 	// was is the name that the snapshot had before its commit, if any.
 	was string
-	// verified says that it was made from a blob whose DiffID is right.
+	// verified says that it was made from a blob whose DiffID is right, which is
+	// from if that is known.
 	verified bool
+	from     digest.Digest
 	// blob was not here before and is now.
 	blob     *published
 	recorded bool
@@ -198,6 +201,9 @@ func (x *extraction) swap(ctx context.Context, e *entry) error {
 		for i := range rec.Blobs {
 			if x.blob != nil && rec.Blobs[i].Digest == x.blob.digest {
 				rec.Blobs[i].Stored = true
+			}
+			if rec.Blobs[i].Digest == x.from {
+				rec.Blobs[i].Claimed = false
 			}
 		}
 		return nil

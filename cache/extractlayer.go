@@ -40,7 +40,7 @@ func (x *extraction) makeLayer(ctx context.Context) error {
 	for _, src := range sources {
 		err := x.fresh(ctx, parent, func(key string) error { return x.fill(ctx, key, src) }, m.exact()...)
 		if err == nil {
-			x.verified = true
+			x.verified, x.from = true, src.blob.Digest
 			return nil
 		}
 		errs = append(errs, err)

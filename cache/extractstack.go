@@ -154,10 +154,11 @@ func (x *extraction) applyLayers(ctx context.Context, list []ID) error {
 	})
 }
 
-// applyBlob applies a layer's blob to a tree, if it is here.
+// applyBlob applies a layer's blob to a tree, if one is here that is known to
+// hold it.
 func (x *extraction) applyBlob(ctx context.Context, key string, rec *Record) (done bool, err error) {
-	src, ok, err := x.m.blobs.source(ctx, rec)
-	if err != nil || !ok || !src.stored {
+	src, ok, err := x.m.blobs.proven(ctx, rec)
+	if err != nil || !ok {
 		return false, err
 	}
 	ra, err := src.open(ctx, x.m.blobs)

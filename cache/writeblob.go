@@ -23,19 +23,9 @@ type madeBlob struct {
 	DiffID digest.Digest
 }
 
-// write writes the layer of e: from another form of it, which keeps every byte
-// of the tar, or else from the snapshot.
+// write writes the layer of e from its snapshot.
 func (b *blobbing) write(ctx context.Context, e *entry, w io.Writer) (made madeBlob, err error) {
 	m := b.m
-	if b.o.SourceDateEpoch == nil {
-		src, ok, err := m.blobs.source(ctx, m.current(e))
-		if err != nil {
-			return made, err
-		}
-		if ok {
-			return b.convert(ctx, m.current(e), src, w)
-		}
-	}
 	if err := m.ground(ctx, e); err != nil {
 		return made, err
 	}

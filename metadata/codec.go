@@ -70,7 +70,7 @@ func recordToPB(r *Record) *recordpb.Record {
 func blobToPB(b Blob) *recordpb.Blob {
 	m := &recordpb.Blob{
 		Digest: []byte(b.Digest), MediaType: []byte(b.MediaType), Size: b.Size,
-		DiffId: []byte(b.DiffID), Annotations: pairs(b.Annotations), Urls: toBytes(b.URLs), Stored: b.Stored,
+		DiffId: []byte(b.DiffID), Annotations: pairs(b.Annotations), Urls: toBytes(b.URLs), Stored: b.Stored, Claimed: b.Claimed,
 	}
 	m.ProtoReflect().SetUnknown(b.unknown)
 	return m
@@ -94,7 +94,7 @@ func recordFromPB(id ID, m *recordpb.Record) *Record {
 		r.Blobs = append(r.Blobs, Blob{
 			Digest: digest.Digest(b.Digest), MediaType: string(b.MediaType), Size: b.Size,
 			DiffID: digest.Digest(b.DiffId), Annotations: unpair(b.Annotations),
-			URLs: fromBytes[string](b.Urls), Stored: b.Stored, unknown: b.ProtoReflect().GetUnknown(),
+			URLs: fromBytes[string](b.Urls), Stored: b.Stored, Claimed: b.Claimed, unknown: b.ProtoReflect().GetUnknown(),
 		})
 	}
 	for _, v := range m.Values {

@@ -146,6 +146,9 @@ type Blob struct {
 	// learnt of it, or since: that it is not there is a loss. A blob that is
 	// not stored is known from a descriptor only.
 	Stored bool
+	// Claimed says that DiffID is what somebody said of the blob, and nobody has
+	// held its bytes against it yet.
+	Claimed bool
 
 	unknown []byte
 }

@@ -58,6 +58,7 @@ type blobView struct {
 	Size      int64         `json:"size"`
 	DiffID    digest.Digest `json:"diff_id"`
 	Present   bool          `json:"present"`
+	Claimed   bool          `json:"claimed"`
 }
 
 type holderView struct {
@@ -90,7 +91,7 @@ func view(ctx context.Context, m *cache.Manager, rec *cache.Record) (*recordView
 		v.Size = &rec.Size
 	}
 	for _, b := range rec.Blobs {
-		v.Blobs = append(v.Blobs, blobView{b.Digest, b.MediaType, b.Size, b.DiffID, hasBlob(m.Root(), b.Digest)})
+		v.Blobs = append(v.Blobs, blobView{b.Digest, b.MediaType, b.Size, b.DiffID, hasBlob(m.Root(), b.Digest), b.Claimed})
 	}
 	for _, value := range rec.Values {
 		v.Values[value.Name] = printable(value.Data)

@@ -407,6 +407,7 @@ type Blob struct {
 	Annotations   []*Pair                `protobuf:"bytes,5,rep,name=annotations,proto3" json:"annotations,omitempty"`
 	Urls          [][]byte               `protobuf:"bytes,6,rep,name=urls,proto3" json:"urls,omitempty"`
 	Stored        bool                   `protobuf:"varint,7,opt,name=stored,proto3" json:"stored,omitempty"`
+	Claimed       bool                   `protobuf:"varint,8,opt,name=claimed,proto3" json:"claimed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -486,6 +487,13 @@ func (x *Blob) GetUrls() [][]byte {
 func (x *Blob) GetStored() bool {
 	if x != nil {
 		return x.Stored
+	}
+	return false
+}
+
+func (x *Blob) GetClaimed() bool {
+	if x != nil {
+		return x.Claimed
 	}
 	return false
 }
@@ -724,7 +732,7 @@ const file_metadata_internal_recordpb_record_proto_rawDesc = "" +
 	"\x05nanos\x18\x02 \x01(\x05R\x05nanos\".\n" +
 	"\x04Pair\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\fR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\fR\x05value\"\xd2\x01\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\"\xec\x01\n" +
 	"\x04Blob\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\fR\x06digest\x12\x1d\n" +
 	"\n" +
@@ -733,7 +741,8 @@ const file_metadata_internal_recordpb_record_proto_rawDesc = "" +
 	"\adiff_id\x18\x04 \x01(\fR\x06diffId\x12:\n" +
 	"\vannotations\x18\x05 \x03(\v2\x18.lamina.metadata.v1.PairR\vannotations\x12\x12\n" +
 	"\x04urls\x18\x06 \x03(\fR\x04urls\x12\x16\n" +
-	"\x06stored\x18\a \x01(\bR\x06stored\"E\n" +
+	"\x06stored\x18\a \x01(\bR\x06stored\x12\x18\n" +
+	"\aclaimed\x18\b \x01(\bR\aclaimed\"E\n" +
 	"\x05Value\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\fR\x04name\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x14\n" +
