@@ -1,5 +1,7 @@
 package main
 
+import "slices"
+
 // mutant is one thing that could have been written wrong.
 type mutant struct {
 	file     string
@@ -7,7 +9,9 @@ type mutant struct {
 	breaks   string
 }
 
-func mutants() []mutant {
+func mutants() []mutant { return slices.Concat(coreMutants(), hashMutants()) }
+
+func coreMutants() []mutant {
 	return []mutant{
 		// The state machine.
 		{"cache/new.go", "	e, done := m.announce(rec.ID)\n	defer done()\n", "	e, done := m.announce(rec.ID)\n	done()\n	m.lock()\n	e = m.entryLocked(rec.ID)\n	m.unlock()\n	defer m.drop(e)\n", "a prune may take a new record before its handle is there"},
