@@ -184,7 +184,59 @@ func (d deed) withFault(t *testing.T, dir string, n int64, fault func(func()) er
 	require.Equal(t, all, sum(t, tree, dir, "/", contenthash.Options{}), what)
 }
 
-// The same with many at work: a call somewhere fails, and everybody stops.
+// Whatever changes between any two system calls: what was read of it by then is
+// read again, and the digest is that of one state, the last one if that was
+// reported.
+func TestChangesBetweenCalls(t *testing.T) {
+	edits := map[string]func(dir string) (path string, err error){
+		"content": func(dir string) (string, error) {
+			return "d/a", os.WriteFile(dir+"/d/a", []byte("TEXT of d/a"), 0o644)
+		},
+		"added":   func(dir string) (string, error) { return "d/new", os.WriteFile(dir+"/d/new", []byte("x"), 0o644) },
+		"removed": func(dir string) (string, error) { return "d/b", os.Remove(dir + "/d/b") },
+		"mode":    func(dir string) (string, error) { return "e", os.Chmod(dir+"/e", 0o700) },
+		"type": func(dir string) (string, error) {
+			return "d/b", errors.Join(os.Remove(dir+"/d/b"), os.Mkdir(dir+"/d/b", 0o755))
+		},
+		"target": func(dir string) (string, error) {
+			return "loop", errors.Join(os.Remove(dir+"/loop"), os.Symlink("e", dir+"/loop"))
+		},
+	}
+	for name, edit := range edits {
+		for n := int64(1); ; n++ {
+			dir, _ := faultTree(t)
+			before := fresh(t, dir, "/")
+			tree := contenthash.New()
+			path := ""
+			f := &faulty{n: n, fail: func() (err error) {
+				path, err = edit(dir)
+				return err
+			}}
+			tree.SetWorkers(1)
+			tree.SetFault(f.call)
+			got := sum(t, tree, dir, "/", contenthash.Options{})
+			after := fresh(t, dir, "/")
+			what := fmt.Sprintf("%s before call %d", name, n)
+			if path == "" {
+				require.Greater(t, n, int64(30), "calls in all")
+				break
+			}
+			require.NotEqual(t, before, after)
+			require.Contains(t, []string{before, after}, got, what)
+			c := contenthash.Change{Kind: contenthash.Modify, Path: path}
+			fi, err := os.Lstat(dir + "/" + path)
+			if err != nil {
+				c.Kind = contenthash.Delete
+			} else {
+				c.Mode = fi.Mode()
+			}
+			require.NoError(t, tree.HandleChange(c))
+			require.Equal(t, after, sum(t, tree, dir, "/", contenthash.Options{}), what)
+		}
+	}
+}
+
+// With many at work: a call somewhere fails, and everybody stops.
 func TestFaultsAmongMany(t *testing.T) {
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
 	dir := scratch(t)

@@ -104,9 +104,13 @@ type dirent struct {
 	kind kind
 }
 
-// list reads the names in a directory that was just opened, in no order.
+// list reads all names in an open directory, in no order, also if it was read
+// before.
 func (f files) list(fd int, buf []byte) ([]dirent, error) {
 	if err := f.before("getdents"); err != nil {
+		return nil, err
+	}
+	if _, err := unix.Seek(fd, 0, unix.SEEK_SET); err != nil {
 		return nil, err
 	}
 	names, err := fsat.Dirents(fd, buf, nil)
