@@ -62,14 +62,22 @@ func TestFullDisk(t *testing.T) {
 	if !inOwnMounts(t) {
 		return
 	}
-	for name, fill := range map[string]func(d *disk){"bytes": (*disk).fillBytes, "inodes": (*disk).fillInodes} {
-		t.Run(name, func(t *testing.T) { testFullDisk(t, fill) })
+	for _, c := range []struct {
+		name, kind string
+		size       int64
+		fill       func(d *disk)
+	}{
+		{"bytes", "ext4", 24 << 20, (*disk).fillBytes},
+		{"inodes", "ext4", 24 << 20, (*disk).fillInodes},
+		// The smallest that mkfs.btrfs makes; its inodes have no end.
+		{"bytes on btrfs", "btrfs", 128 << 20, (*disk).fillBytes},
+	} {
+		t.Run(c.name, func(t *testing.T) { testFullDisk(newDisk(t, c.kind, c.size), t, c.fill) })
 	}
 }
 
-func testFullDisk(t *testing.T, fill func(d *disk)) {
+func testFullDisk(d *disk, t *testing.T, fill func(d *disk)) {
 	ctx := context.Background()
-	d := newDisk(t, "ext4", 24<<20)
 	root := filepath.Join(d.dir, "store")
 	lamina := func(args ...string) (string, error) {
 		cmd := exec.Command(laminaBinary, append([]string{"--root", root}, args...)...)

@@ -130,17 +130,25 @@ func (k *killing) records() {
 
 func TestKilledCommands(t *testing.T) {
 	for _, driver := range []string{"overlay", "native"} {
-		t.Run(driver, func(t *testing.T) { testKilledCommands(t, driver) })
+		t.Run(driver, func(t *testing.T) { testKilledCommands(t, driver, t.TempDir(), 50) })
 	}
 }
 
-func testKilledCommands(t *testing.T, driver string) {
-	kills := 50
+// Of btrfs no power can be cut, since it cannot be shut down like ext4 and XFS.
+func TestKilledCommandsOnBtrfs(t *testing.T) {
+	if !inOwnMounts(t) {
+		return
+	}
+	d := newDisk(t, "btrfs", 256<<20)
+	testKilledCommands(t, "overlay", d.dir, 20)
+}
+
+func testKilledCommands(t *testing.T, driver, dir string, kills int) {
 	if os.Getenv("LAMINA_TEST_FULL") != "" {
 		kills = 250
 	}
 	seed := uint64(time.Now().UnixNano())
-	k := &killing{T: t, root: filepath.Join(t.TempDir(), "store"), kills: kills, rand: rand.New(rand.NewPCG(seed, 2)), kept: map[string][]string{}}
+	k := &killing{T: t, root: filepath.Join(dir, "store"), kills: kills, rand: rand.New(rand.NewPCG(seed, 2)), kept: map[string][]string{}}
 	t.Cleanup(func() {
 		// overlayfs leaves directories behind that an ordinary user has to
 		// open before they can be removed.

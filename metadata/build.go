@@ -55,6 +55,7 @@ func Build(ctx context.Context, path string, o Options, meta Meta, all iter.Seq2
 	if err != nil {
 		return err
 	}
+	writeInPlace(f)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, removeIfThere(path))

@@ -185,6 +185,7 @@ func (c *compaction) create(pageSize int64) error {
 	if c.file, err = os.OpenFile(c.path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
 		return err
 	}
+	writeInPlace(c.file)
 	if err := unix.Flock(int(c.file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return fmt.Errorf("lock %s: %w", c.path, err)
 	}

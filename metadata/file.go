@@ -179,6 +179,7 @@ func fill(f *os.File, o Options) (*bolt.DB, error) {
 	if err := f.Truncate(0); err != nil {
 		return nil, err
 	}
+	writeInPlace(f)
 	db, err := bolt.Open(f.Name(), 0o600, &bolt.Options{
 		Timeout:  time.Millisecond,
 		OpenFile: func(string, int, os.FileMode) (*os.File, error) { return f, nil },

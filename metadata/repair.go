@@ -448,6 +448,7 @@ func (r *repair) write(s *salvaged) (err error) {
 	if err != nil {
 		return ioError("repair", err)
 	}
+	writeInPlace(f)
 	renamed := false
 	defer func() {
 		if !renamed {

@@ -3,6 +3,7 @@ package metadata
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
@@ -30,6 +31,18 @@ const (
 	growLeast = 128 << 10
 	growStep  = 1 << 20
 )
+
+// writeInPlace has a file system that copies on write, btrfs, write the file in
+// place, which must be empty yet: on a full disk the blocks that it has would
+// otherwise be of no use. What is in it has sums of its own. Other file systems
+// write in place, or say that they cannot.
+func writeInPlace(f *os.File) {
+	const noCopyOnWrite = 0x00800000 // FS_NOCOW_FL
+	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	if err == nil && flags&noCopyOnWrite == 0 {
+		_ = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags|noCopyOnWrite))
+	}
+}
 
 // room is what is known of the file's blocks behind the last page in use.
 type room struct {
