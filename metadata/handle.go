@@ -27,8 +27,7 @@ type handle struct {
 	// would show what was there before: a state of long ago, and whole.
 	free atomic.Pointer[map[uint64]struct{}]
 
-	// checked are pages of the newest state that was read.
-	checked atomic.Pointer[checkedPages]
+	checked checkedPages
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -41,19 +40,6 @@ type handle struct {
 
 func newHandle(f *os.File, db *bolt.DB, pageSize int64, generation uint64) *handle {
 	return &handle{file: f, db: db, pageSize: pageSize, generation: generation, closed: make(chan struct{})}
-}
-
-// checkedPages are those of the state that a transaction made.
-func (h *handle) checkedPages(txid, pages uint64) *checkedPages {
-	have := h.checked.Load()
-	if have != nil && have.txid == txid {
-		return have
-	}
-	c := newCheckedPages(txid, pages)
-	if have == nil || have.txid < txid {
-		h.checked.CompareAndSwap(have, c)
-	}
-	return c
 }
 
 // use keeps the file open. It says no once the file is no longer the store's.

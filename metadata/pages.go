@@ -101,10 +101,8 @@ func (p *page) value(i int) (v []byte, nested bool) {
 // below is the page that an element of a branch leads to.
 func (p *page) below(i int) uint64 { return binary.NativeEndian.Uint64(p.element(i)[8:]) }
 
-// check looks at the elements: that they lie in the page, that keys grow, and
-// that they are in the range that the page above says. from is in the range,
-// to is not, nil is no bound.
-func (p *page) check(from, to []byte) error {
+// check looks at the elements: that they lie in the page, and that keys grow.
+func (p *page) check() error {
 	end := uint64(boltHeader + p.count*elementSize)
 	if end > uint64(len(p.b)) || p.count == 0 && (p.isBranch() || p.hasTable()) {
 		return badPage(p.id, "it has %d elements", p.count)
@@ -124,8 +122,14 @@ func (p *page) check(from, to []byte) error {
 		}
 		last = k
 	}
+	return nil
+}
+
+// within says whether the keys are in the range that the page above says. from
+// is in the range, to is not, nil is no bound.
+func (p *page) within(from, to []byte) error {
 	if p.count > 0 && from != nil && bytes.Compare(p.key(0), from) < 0 ||
-		p.count > 0 && to != nil && bytes.Compare(last, to) >= 0 {
+		p.count > 0 && to != nil && bytes.Compare(p.key(p.count-1), to) >= 0 {
 		return badPage(p.id, "its keys are not those that the page above it says")
 	}
 	return nil
@@ -164,7 +168,7 @@ func nestedBucket(id uint64, v []byte) (root, sequence uint64, inline *page, err
 	if p.flags != pageLeaf {
 		return 0, 0, nil, badPage(id, "a bucket in it has the flags %#x", p.flags)
 	}
-	return 0, sequence, &p, p.check(nil, nil)
+	return 0, sequence, &p, p.check()
 }
 
 // freePages reads the list of free pages: whose ids grow, lie in the file,

@@ -50,20 +50,16 @@ func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
 	info := b.DB().Info()
 	size := uint64(info.PageSize)
 	t := &tree{src: mapped(b, info), pageSize: size, used: uint64(b.Size()) / size, root: uint64(b.Cursor().Bucket().Root())}
-	// A writing transaction goes by the pages of the one before it.
-	txid := uint64(b.ID())
-	if b.Writable() {
-		txid--
-	}
 	if h == nil {
-		t.checked = newCheckedPages(txid, t.used)
+		t.checked = &checkedPages{}
 	} else {
-		t.checked = h.checkedPages(txid, t.used)
+		t.checked = &h.checked
 		// Nobody has committed if this is there after the begin.
 		if free := h.free.Load(); free != nil {
 			t.free = *free
 		}
 	}
+	t.checked.cover(t.used)
 	return &Tx{store: s, handle: h, tx: b, tree: t, writable: b.Writable()}
 }
 

@@ -17,7 +17,7 @@ type tree struct {
 	pageSize uint64
 	used     uint64
 	root     uint64
-	// checked, if not nil, holds pages that have been looked at.
+	// checked, if not nil, are pages whose elements have been looked at.
 	checked *checkedPages
 	// free, if not nil, are pages that are known not to be in use.
 	free map[uint64]struct{}
@@ -64,35 +64,56 @@ func (t *tree) page(id uint64, from, to []byte) (page, error) {
 	if p.b, err = t.src.bytes(id*t.pageSize, (p.more+1)*t.pageSize); err != nil {
 		return page{}, badPage(id, "%v", err)
 	}
-	if t.checked.has(id) {
-		return p, nil
+	if !t.checked.has(id) {
+		if err := p.check(); err != nil {
+			return page{}, err
+		}
+		t.checked.add(id)
 	}
-	if err := p.check(from, to); err != nil {
-		return page{}, err
-	}
-	t.checked.add(id)
-	return p, nil
+	return p, p.within(from, to)
 }
 
-// checkedPages are the pages of one state of the file that have been looked
-// at: nothing changes them as long as this state can be read, so all who read
-// it share them.
-type checkedPages struct {
-	txid uint64 // of the transaction that made the state
-	bits []atomic.Uint64
+// checkedPages are the pages of an open file whose elements have been looked
+// at. Nobody but this store writes the file, so that holds for as long as it is
+// open: what takes the place of a page was in memory, and whole, before. What
+// leads to a page may be damaged all the same, and is looked at each time.
+type checkedPages struct{ bits atomic.Pointer[[]atomic.Uint64] }
+
+// cover makes room for so many pages. A bit that somebody sets meanwhile may
+// be lost, and its page looked at again.
+func (c *checkedPages) cover(pages uint64) {
+	have := c.bits.Load()
+	if have != nil && uint64(len(*have)) > pages/64 {
+		return
+	}
+	bits := make([]atomic.Uint64, pages/64+pages/512+1)
+	if have != nil {
+		for i := range *have {
+			bits[i].Store((*have)[i].Load())
+		}
+	}
+	c.bits.CompareAndSwap(have, &bits)
 }
 
-func newCheckedPages(txid, pages uint64) *checkedPages {
-	return &checkedPages{txid: txid, bits: make([]atomic.Uint64, pages/64+1)}
+// at is the word that has the bit of a page, nil if there is none.
+func (c *checkedPages) at(id uint64) *atomic.Uint64 {
+	if c == nil {
+		return nil
+	}
+	if bits := c.bits.Load(); bits != nil && id/64 < uint64(len(*bits)) {
+		return &(*bits)[id/64]
+	}
+	return nil
 }
 
 func (c *checkedPages) has(id uint64) bool {
-	return c != nil && c.bits[id/64].Load()&(1<<(id%64)) != 0
+	word := c.at(id)
+	return word != nil && word.Load()&(1<<(id%64)) != 0
 }
 
 func (c *checkedPages) add(id uint64) {
-	if c != nil {
-		c.bits[id/64].Or(1 << (id % 64))
+	if word := c.at(id); word != nil {
+		word.Or(1 << (id % 64))
 	}
 }
 
