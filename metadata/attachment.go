@@ -19,10 +19,10 @@ func (tx *Tx) Attachment(id ID, name string) ([]byte, error) {
 		return nil, err
 	}
 	missing := fmt.Errorf("attachment %q of record %q: %w", name, id, errdefs.ErrNotFound)
-	if r.attachments == 0 || name == "" || len(name) > MaxNameLen {
+	if name == "" || len(name) > MaxNameLen {
 		return nil, missing
 	}
-	key := attachmentKey(r.attachments, name)
+	key := attachmentKey(r.row, name)
 	v, ok, err := tx.get(bucketAttachment, key)
 	if err != nil {
 		return nil, err
@@ -49,37 +49,8 @@ func (tx *Tx) SetAttachment(id ID, name string, data []byte) error {
 		return err
 	}
 	tx.creates = true
-	if r.attachments == 0 {
-		n, err := tx.newOwner()
-		if err != nil {
-			return err
-		}
-		r.attachments = n
-		if err := tx.setSequence(bucketAttachment, r.attachments); err != nil {
-			return err
-		}
-		if err := tx.rewrite(r); err != nil {
-			return err
-		}
-	}
-	key := attachmentKey(r.attachments, name)
+	key := attachmentKey(r.row, name)
 	return tx.put(bucketAttachment, key, frame(key, data))
-}
-
-// newOwner is a number that no attachment has. One that was given out already
-// can come up only where the counter was damaged.
-func (tx *Tx) newOwner() (uint64, error) {
-	n, err := tx.sequence(bucketAttachment)
-	if err != nil {
-		return 0, err
-	}
-	for n++; ; n++ {
-		c := tx.cursor(bucketAttachment)
-		k, _, ok := c.seek(attachmentKey(n, ""))
-		if owner, _, mine := splitAttachment(k); c.err != nil || !ok || !mine || owner != n {
-			return n, c.err
-		}
-	}
 }
 
 // DeleteAttachment removes an attachment. Errors: not found, for the record
@@ -89,8 +60,8 @@ func (tx *Tx) DeleteAttachment(id ID, name string) error {
 	if err != nil {
 		return err
 	}
-	if r.attachments != 0 && name != "" && len(name) <= MaxNameLen {
-		key := attachmentKey(r.attachments, name)
+	if name != "" && len(name) <= MaxNameLen {
+		key := attachmentKey(r.row, name)
 		ok, err := tx.has(bucketAttachment, key)
 		if err != nil {
 			return err
@@ -108,10 +79,10 @@ func (tx *Tx) DeleteAttachment(id ID, name string) error {
 func (tx *Tx) Attachments(id ID) iter.Seq2[string, int64] {
 	return func(yield func(string, int64) bool) {
 		r, err := tx.stored(id)
-		if err != nil || r.attachments == 0 {
+		if err != nil {
 			return
 		}
-		for k, v := range tx.scan(bucketAttachment, attachmentKey(r.attachments, "")) {
+		for k, v := range tx.scan(bucketAttachment, attachmentKey(r.row, "")) {
 			_, name, ok := splitAttachment(k)
 			if ok && v != nil && !yield(name, int64(max(0, len(v)-frameHeader))) {
 				return
@@ -120,11 +91,8 @@ func (tx *Tx) Attachments(id ID) iter.Seq2[string, int64] {
 	}
 }
 
-func (tx *Tx) removeAttachments(r *Record) error {
-	if r.attachments == 0 {
-		return nil
-	}
-	for k, v := range tx.scan(bucketAttachment, attachmentKey(r.attachments, "")) {
+func (tx *Tx) removeAttachments(row ID) error {
+	for k, v := range tx.scan(bucketAttachment, attachmentKey(row, "")) {
 		if v == nil {
 			continue
 		}
@@ -133,14 +101,4 @@ func (tx *Tx) removeAttachments(r *Record) error {
 		}
 	}
 	return tx.err
-}
-
-// rewrite stores what the store itself keeps in a record; it changes no row
-// that is derived, and no revision.
-func (tx *Tx) rewrite(r *Record) error {
-	b, err := encodeRecord(r)
-	if err != nil {
-		return err
-	}
-	return tx.put(bucketRecord, []byte(r.ID), b)
 }

@@ -26,8 +26,8 @@ const (
 	CodeRecordQuarantined = "record-quarantined"
 	// CodeParentMissing: a parent of a record does not exist.
 	CodeParentMissing = "parent-missing"
-	// CodeNameConflict: an alias is also the id of a record, or two records
-	// declare it.
+	// CodeNameConflict: two records declare an id or alias, or one declares
+	// that of another's row.
 	CodeNameConflict = "name-conflict"
 	// CodeKeyConflict: two records name one driver key.
 	CodeKeyConflict = "key-conflict"
@@ -42,8 +42,8 @@ const (
 	CodeAttachmentDamaged = "attachment-damaged"
 	// CodeAttachmentOrphan: an attachment belongs to no record.
 	CodeAttachmentOrphan = "attachment-orphan"
-	// CodeNumberWrong: a counter is behind what it has given out: the
-	// number of attachments, or the time of the newest id.
+	// CodeNumberWrong: the time of the newest id is behind one that was given
+	// out.
 	CodeNumberWrong = "number-wrong"
 )
 
@@ -68,7 +68,7 @@ func (tx *Tx) Check() iter.Seq2[Finding, error] {
 	return func(yield func(Finding, error) bool) {
 		c := &checker{
 			tx: tx, sums: newSums(), names: map[ID]ID{}, keys: map[string]ID{},
-			owners: map[uint64]ID{}, rows: map[string]int{},
+			owners: map[ID]ID{}, rows: map[string]int{},
 			report: func(f Finding) bool { return yield(f, nil) },
 		}
 		steps := []func() bool{
@@ -96,7 +96,7 @@ type checker struct {
 	sums    *sums
 	names   map[ID]ID
 	keys    map[string]ID
-	owners  map[uint64]ID
+	owners  map[ID]ID      // records by their rows
 	rows    map[string]int // derived rows that records ask for, by bucket
 	newest  uint64
 	damaged bool // some record cannot be read, so sums cannot be compared
@@ -208,29 +208,23 @@ func (c *checker) records() bool {
 }
 
 func (c *checker) record(r *Record) bool {
-	if err := validate(r); err != nil && !c.find(CodeRecordInvalid, r.ID, bucketRecord, []byte(r.ID), "%v", err) {
+	if err := validate(r); err != nil && !c.find(CodeRecordInvalid, r.ID, bucketRecord, []byte(r.row), "%v", err) {
 		return false
 	}
 	c.sums.add(r)
 	if ms, ok := ulidTime(r.ID); ok {
 		c.newest = max(c.newest, ms)
 	}
-	if r.attachments != 0 {
-		if other, taken := c.owners[r.attachments]; taken &&
-			!c.find(CodeKeyConflict, r.ID, bucketAttachment, nil, "records %q and %q share attachments %d", other, r.ID, r.attachments) {
+	c.owners[r.row] = r.ID
+	for _, n := range rowlessNames(r) {
+		other, taken := c.names[n]
+		if ok, err := c.tx.has(bucketRecord, []byte(n)); err == nil && ok {
+			other, taken = n, true
+		}
+		if taken && !c.find(CodeNameConflict, r.ID, bucketAlias, []byte(n), "name %q of record %q is taken by record %q", n, r.ID, other) {
 			return false
 		}
-		c.owners[r.attachments] = r.ID
-	}
-	for _, a := range r.Aliases {
-		other, taken := c.names[a]
-		if ok, err := c.tx.has(bucketRecord, []byte(a)); err == nil && ok {
-			other, taken = a, true
-		}
-		if taken && !c.find(CodeNameConflict, r.ID, bucketAlias, []byte(a), "alias %q of record %q is taken by record %q", a, r.ID, other) {
-			return false
-		}
-		c.names[a] = r.ID
+		c.names[n] = r.ID
 	}
 	for _, k := range slices.Compact(driverKeys(r)) {
 		if other, taken := c.keys[k]; taken &&
@@ -252,6 +246,7 @@ func (c *checker) recordRows(r *Record) bool {
 			return true
 		case ok && string(v) == row.value:
 			c.rows[row.bucket]++
+		case ok && c.rival(row, v): // that is told of their names
 		case !c.find(CodeRowMissing, r.ID, row.bucket, []byte(row.key), "bucket %s lacks the row %s of record %q", row.bucket, printable([]byte(row.key)), r.ID):
 			return false
 		}
@@ -259,9 +254,17 @@ func (c *checker) recordRows(r *Record) bool {
 	return true
 }
 
+// rival says whether a row that should lead to one record leads to another one
+// that asks for it as well.
+func (c *checker) rival(asked row, value []byte) bool {
+	r, err := c.tx.row(ID(value))
+	asked.value = string(value)
+	return err == nil && slices.Contains(derived(r), asked)
+}
+
 func (c *checker) parents() bool {
 	for p, children := range c.sums.children {
-		ok, err := c.tx.has(bucketRecord, []byte(p))
+		ok, err := c.tx.exists(p)
 		if err != nil {
 			c.tx.fail(err)
 			return true
@@ -298,13 +301,13 @@ func (c *checker) derived() bool {
 	return true
 }
 
-// row judges one derived row by the record that it names.
+// row judges one derived row by the record that it is of.
 func (c *checker) row(bucket string, k, v []byte) bool {
-	id, ok := rowOwner(bucket, k, v)
+	owner, ok := rowOwner(bucket, k, v)
 	if !ok {
 		return c.find(CodeForeignKey, "", bucket, k, "bucket %s has key %s", bucket, printable(k))
 	}
-	r, err := c.tx.load(id)
+	r, err := c.tx.row(owner)
 	if err != nil {
 		// Nobody can tell what a record asks for that cannot be read.
 		return true
@@ -312,10 +315,14 @@ func (c *checker) row(bucket string, k, v []byte) bool {
 	if slices.Contains(derived(r), row{bucket, string(k), string(v)}) {
 		return true
 	}
+	id := owner
+	if r != nil {
+		id = r.ID
+	}
 	return c.find(CodeRowStale, id, bucket, k, "bucket %s has row %s, which record %q does not ask for", bucket, printable(k), id)
 }
 
-// rowOwner returns the record that a derived row belongs to.
+// rowOwner returns the row of the record that a derived row belongs to.
 func rowOwner(bucket string, k, v []byte) (ID, bool) {
 	if v == nil {
 		return "", false
@@ -376,7 +383,7 @@ func (c *checker) attachments() bool {
 		case !ok || v == nil:
 			good = c.find(CodeForeignKey, "", bucketAttachment, k, "bucket attachment has key %s", printable(k))
 		case id == "" && !c.damaged:
-			good = c.find(CodeAttachmentOrphan, "", bucketAttachment, k, "attachment %q of number %d belongs to no record", name, owner)
+			good = c.find(CodeAttachmentOrphan, "", bucketAttachment, k, "attachment %q of row %q belongs to no record", name, owner)
 		default:
 			if _, err := unframe(k, v); err != nil {
 				good = c.find(CodeAttachmentDamaged, id, bucketAttachment, k, "attachment %q of record %q: %v", name, id, err)
@@ -390,17 +397,7 @@ func (c *checker) attachments() bool {
 }
 
 func (c *checker) numbers() bool {
-	n, err := c.tx.sequence(bucketAttachment)
-	if err != nil {
-		c.tx.fail(err)
-		return true
-	}
-	for owner, id := range c.owners {
-		if owner > n && !c.find(CodeNumberWrong, id, bucketAttachment, nil, "record %q has attachments %d, given out are %d", id, owner, n) {
-			return false
-		}
-	}
-	n, err = c.tx.sequence(bucketRecord)
+	n, err := c.tx.sequence(bucketRecord)
 	if err != nil {
 		c.tx.fail(err)
 		return true

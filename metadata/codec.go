@@ -19,15 +19,16 @@ func encodeRecord(r *Record) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode record %q: %w", r.ID, err)
 	}
-	return frame([]byte(r.ID), b), nil
+	return frame([]byte(r.row), b), nil
 }
 
-// decodeRecord reads a framed value. The result shares no memory with it.
-func decodeRecord(id ID, value []byte) (*Record, error) {
+// decodeRecord reads the framed value of a row. The result shares no memory
+// with it. An error can name the record by its row only.
+func decodeRecord(row ID, value []byte) (*Record, error) {
 	damaged := func(reason error) error {
-		return &DamagedError{Bucket: bucketRecord, ID: id, Key: string(id), Reason: reason.Error()}
+		return &DamagedError{Bucket: bucketRecord, ID: row, Key: string(row), Reason: reason.Error()}
 	}
-	payload, err := unframe([]byte(id), value)
+	payload, err := unframe([]byte(row), value)
 	if err != nil {
 		return nil, damaged(err)
 	}
@@ -39,7 +40,7 @@ func decodeRecord(id ID, value []byte) (*Record, error) {
 	if m.State == 0 || m.State > math.MaxUint8 || m.Op > math.MaxUint8 || m.OnPowerCut > math.MaxUint8 {
 		return nil, damaged(fmt.Errorf("state %d, op %d, policy %d", m.State, m.Op, m.OnPowerCut))
 	}
-	return recordFromPB(id, &m), nil
+	return recordFromPB(row, &m), nil
 }
 
 func recordToPB(r *Record) *recordpb.Record {
@@ -53,7 +54,10 @@ func recordToPB(r *Record) *recordpb.Record {
 		Created: toInstant(r.Created), LastUsed: toInstant(r.LastUsed),
 		UsageCount: r.UsageCount, Cost: int64(r.Cost), Size: r.Size,
 		ChainId: []byte(r.ChainID), DiffId: []byte(r.DiffID), Verified: r.Verified,
-		ImageRefs: toBytes(r.ImageRefs), Attachments: r.attachments,
+		ImageRefs: toBytes(r.ImageRefs),
+	}
+	if r.ID != r.row {
+		m.Id = []byte(r.ID)
 	}
 	for _, b := range r.Blobs {
 		m.Blobs = append(m.Blobs, blobToPB(b))
@@ -76,9 +80,9 @@ func blobToPB(b Blob) *recordpb.Blob {
 	return m
 }
 
-func recordFromPB(id ID, m *recordpb.Record) *Record {
+func recordFromPB(row ID, m *recordpb.Record) *Record {
 	r := &Record{
-		ID: id, State: State(m.State), Op: Op(m.Op), Revision: m.Revision,
+		ID: row, row: row, State: State(m.State), Op: Op(m.Op), Revision: m.Revision,
 		Key: string(m.Key), Was: string(m.Was),
 		Parents: fromBytes[ID](m.Parents), Aliases: fromBytes[ID](m.Aliases),
 		Retain: m.Retain, Interrupted: m.Interrupted, RetainAfter: m.RetainAfter,
@@ -87,8 +91,11 @@ func recordFromPB(id ID, m *recordpb.Record) *Record {
 		Created: fromInstant(m.Created), LastUsed: fromInstant(m.LastUsed),
 		UsageCount: m.UsageCount, Cost: time.Duration(m.Cost), Size: m.Size,
 		ChainID: digest.Digest(m.ChainId), DiffID: digest.Digest(m.DiffId), Verified: m.Verified,
-		ImageRefs: fromBytes[string](m.ImageRefs), attachments: m.Attachments,
-		unknown: m.ProtoReflect().GetUnknown(),
+		ImageRefs: fromBytes[string](m.ImageRefs),
+		unknown:   m.ProtoReflect().GetUnknown(),
+	}
+	if len(m.Id) > 0 {
+		r.ID = ID(m.Id)
 	}
 	for _, b := range m.Blobs {
 		r.Blobs = append(r.Blobs, Blob{

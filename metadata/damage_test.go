@@ -55,6 +55,14 @@ func newSpecimen(t *testing.T) *specimen {
 			return tx.SetAttachment(id, "a", sp.data[id])
 		}))
 	}
+	// One that replaced another is in that one's row.
+	sp.data["r12"] = []byte("attached")
+	require.NoError(t, s.Update(t.Context(), func(tx *Tx) error {
+		r := &Record{ID: "q", State: Committed, Op: Layer, Key: "key-q", Parents: []ID{"r00"}, Values: []Value{{Name: "v", Index: "q"}}}
+		next := *r
+		next.ID, next.State = "r12", Mutable
+		return errors.Join(tx.Create(r), tx.SetAttachment("q", "a", sp.data["r12"]), tx.Replace("q", &next))
+	}))
 	// Former revisions lie in pages that are free now.
 	for i := range 6 {
 		require.NoError(t, s.Update(t.Context(), func(tx *Tx) error {

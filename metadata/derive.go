@@ -24,7 +24,7 @@ func derived(r *Record) []row {
 	if r == nil {
 		return nil
 	}
-	id := string(r.ID)
+	id := string(r.row)
 	var rows []row
 	for _, k := range indexKeys(r) {
 		rows = append(rows, row{bucketIndex, string(pairKey(k, id)), ""})
@@ -41,8 +41,8 @@ func derived(r *Record) []row {
 	if unsettled(r) {
 		rows = append(rows, row{bucketUnsettled, id, ""})
 	}
-	for _, a := range r.Aliases {
-		rows = append(rows, row{bucketAlias, string(a), id})
+	for _, n := range rowlessNames(r) {
+		rows = append(rows, row{bucketAlias, string(n), id})
 	}
 	slices.SortFunc(rows, row.compare)
 	return slices.Compact(rows)
@@ -60,6 +60,15 @@ func indexKeys(r *Record) []string {
 		keys = append(keys, chainIndex(string(r.ChainID)))
 	}
 	return keys
+}
+
+// rowlessNames are those under which the record is found, but for one that is
+// the key of its row.
+func rowlessNames(r *Record) []ID {
+	if r.ID == r.row {
+		return r.Aliases
+	}
+	return append(slices.Clone(r.Aliases), r.ID)
 }
 
 // driverKeys are the names that the record has or may have in the driver.
@@ -85,8 +94,8 @@ func unsettled(r *Record) bool {
 	return false
 }
 
-// write replaces a record by another one: old is nil to create, new is nil
-// to delete. It has been checked that nothing stands in the way.
+// write replaces a record by another one in the same row: old is nil to create,
+// new is nil to delete. It has been checked that nothing stands in the way.
 func (tx *Tx) write(old, new *Record) error {
 	if err := tx.countTotals(old, new); err != nil {
 		return err
@@ -94,20 +103,20 @@ func (tx *Tx) write(old, new *Record) error {
 	if err := tx.writeDerived(derived(old), derived(new)); err != nil {
 		return err
 	}
-	if old != nil && (new == nil || new.ID != old.ID) {
-		if err := tx.remove(bucketRecord, []byte(old.ID)); err != nil {
-			return err
-		}
-	}
 	if new == nil {
-		return nil
+		return tx.remove(bucketRecord, []byte(old.row))
 	}
-	b, err := encodeRecord(new)
+	return tx.rewrite(new)
+}
+
+// rewrite stores a record without what is derived from it.
+func (tx *Tx) rewrite(r *Record) error {
+	b, err := encodeRecord(r)
 	if err != nil {
 		tx.fail(err)
 		return err
 	}
-	return tx.put(bucketRecord, []byte(new.ID), b)
+	return tx.put(bucketRecord, []byte(r.row), b)
 }
 
 // writeDerived writes what differs between two lists of rows.

@@ -13,27 +13,32 @@
 //	    "schema"                                → frame(u32 version)
 //	    "store"                                 → frame(Meta)
 //	record                                        header number: ms of the greatest ULID
-//	    id                                      → frame(Record)
+//	    row                                     → frame(Record)
 //	index
-//	    u16 length of key, key, id              → nothing
+//	    u16 length of key, key, row             → nothing
 //	child
-//	    u16 length of parent id, parent id, id  → nothing
+//	    u16 length of parent id, parent id, row → nothing
 //	snapshot
-//	    driver key                              → id
+//	    driver key                              → row
 //	blob
-//	    u16 length of digest, digest, id        → nothing
+//	    u16 length of digest, digest, row       → nothing
 //	unsettled
-//	    id                                      → nothing
+//	    row                                     → nothing
 //	total
 //	    u8 state, u8 shared, type               → frame(Total)
 //	alias
-//	    alias                                   → id
-//	attachment                                    header number: last owner given out
-//	    u64 owner, name                         → frame(data)
+//	    alias                                   → row
+//	attachment
+//	    u16 length of row, row, name            → frame(data)
 //	quarantine                                    header number: last number given out
-//	    u64 number, id                          → what was found under the id
+//	    u64 number, row                         → what was found in the row
 //
 //	frame(payload) = u8 format (1), u32 CRC-32C of key and payload, payload
+//
+// A row of the bucket record has as its key the id of the record that was
+// created in it. One that replaces another takes the row over under a new id,
+// and all that leads to the row stays as it is: a reopened record has the same
+// snapshot, values and attachments.
 //
 // Record, Meta and Total are the protobuf messages of internal/recordpb. The
 // checksum is there because protobuf decodes most damaged bytes without
@@ -52,13 +57,12 @@
 //	blob       each blob's digest
 //	unsettled  mutable, committed, finalized but not durable or with Was
 //	total      count and known bytes by state, shared (two children) and type
-//	alias      each alias; unique, and never the id of a record
+//	alias      each alias, and the id of a record that is not its row's key;
+//	           unique, and never the key of a row
 //
 // Two halves of a key are kept apart by the length of the first one, so keys
 // may hold any bytes and an exact search finds exactly its key. A search
-// believes a row only if the record that it names agrees. Attachments belong
-// to a number that the record keeps, not to its id: a record that replaces
-// another takes the number over, and no attachment is copied.
+// believes a row only if the record that it names agrees.
 //
 // # Transactions
 //

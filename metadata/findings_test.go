@@ -35,6 +35,7 @@ func findingFixtures() map[string]fixture {
 	put := func(records ...*Record) func(*Tx) error {
 		return func(tx *Tx) error {
 			for _, r := range records {
+				r.row = r.ID
 				if err := tx.write(nil, r); err != nil {
 					return err
 				}
@@ -54,8 +55,8 @@ func findingFixtures() map[string]fixture {
 			return b.Put(k, v)
 		}
 	}
-	owner := func(n uint64) func(*Record) { return func(r *Record) { r.attachments = n } }
-	orphan := string(attachmentKey(77, "a"))
+	named := func(key string) func(*Record) { return func(r *Record) { r.Key = key } }
+	orphan := string(attachmentKey("ghost", "a"))
 	return map[string]fixture{
 		CodePageDamaged: {file: func(t *testing.T, path string) {
 			f, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -74,17 +75,15 @@ func findingFixtures() map[string]fixture {
 		CodeRecordQuarantined: {write: func(tx *Tx) error {
 			return errors.Join(tx.setSequence(bucketQuarantine, 1), tx.put(bucketQuarantine, append(make([]byte, 7), "\x01x"...), []byte("was")))
 		}},
-		CodeParentMissing: {write: put(record("x", func(r *Record) { r.Parents = []ID{"ghost"} }))},
-		CodeNameConflict:  {write: put(record("x", func(r *Record) { r.Aliases = []ID{"r"} }))},
-		CodeKeyConflict: {write: func(tx *Tx) error {
-			return errors.Join(put(record("x", owner(5)), record("y", owner(5)))(tx), tx.setSequence(bucketAttachment, 5))
-		}},
+		CodeParentMissing:     {write: put(record("x", func(r *Record) { r.Parents = []ID{"ghost"} }))},
+		CodeNameConflict:      {write: put(record("x", func(r *Record) { r.Aliases = []ID{"r"} }))},
+		CodeKeyConflict:       {write: put(record("x", named("k")), record("y", named("k")))},
 		CodeRowMissing:        {raw: func(tx *bolt.Tx) error { return tx.Bucket([]byte(bucketUnsettled)).Delete([]byte("r")) }},
 		CodeRowStale:          {raw: rawPut(bucketSnapshot, "ghost-key", []byte("ghost"))},
 		CodeTotalWrong:        {raw: func(tx *bolt.Tx) error { return tx.Bucket([]byte(bucketTotal)).Delete([]byte("\x02\x00t")) }},
 		CodeAttachmentDamaged: {raw: flip(bucketAttachment)},
 		CodeAttachmentOrphan:  {raw: rawPut(bucketAttachment, orphan, frame([]byte(orphan), []byte("x")))},
-		CodeNumberWrong:       {raw: func(tx *bolt.Tx) error { return tx.Bucket([]byte(bucketAttachment)).SetSequence(0) }},
+		CodeNumberWrong:       {write: put(record("01ARZ3NDEKTSV4RRFFQ69G5FAV"))},
 	}
 }
 

@@ -75,19 +75,12 @@ func splitTotal(k []byte) (group, bool) {
 	return group{state: State(k[0]), shared: k[1] == 1, typ: string(k[2:])}, true
 }
 
-// attachmentKey names a row of the bucket attachment. The owner is a number
-// that the record keeps, not its id, so that attachments move to the record
-// that replaces theirs without being copied.
-func attachmentKey(owner uint64, name string) []byte {
-	k := binary.BigEndian.AppendUint64(make([]byte, 0, 8+len(name)), owner)
-	return append(k, name...)
-}
+// attachmentKey names a row of the bucket attachment.
+func attachmentKey(row ID, name string) []byte { return pairKey(string(row), name) }
 
-func splitAttachment(k []byte) (owner uint64, name string, ok bool) {
-	if len(k) <= 8 {
-		return 0, "", false
-	}
-	return binary.BigEndian.Uint64(k), string(k[8:]), true
+func splitAttachment(k []byte) (row ID, name string, ok bool) {
+	first, name, ok := splitPair(k)
+	return ID(first), name, ok && first != "" && name != ""
 }
 
 // chainIndex is the index key under which a record with a ChainID is found.

@@ -2,6 +2,7 @@ package metadata
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
@@ -13,29 +14,41 @@ import (
 // through, and the totals are computed again; both grow with the store.
 //
 // It returns the names that the record had in the driver, as far as rows say
-// so. Attachments stay behind and are reported by Check. Children keep their
-// rows: they are what says that an ancestor is missing. Errors: not found;
-// failed precondition for a record that can be read.
+// so. Its attachments go, too: nothing says of what content they are. Children
+// keep their rows: they are what says that an ancestor is missing. Errors: not
+// found; failed precondition for a record that can be read.
+//
+// A record that cannot be read is known by its row; the id of one that replaced
+// another is found all the same, as long as it leads there.
 func (tx *Tx) Quarantine(id ID) (driverKeys []string, err error) {
 	if err := validateID("record id", id); err != nil {
 		return nil, err
 	}
-	raw, ok, err := tx.get(bucketRecord, []byte(id))
+	_, err = tx.lookUp(id)
+	var d *DamagedError
+	switch {
+	case err == nil:
+		if _, err = tx.stored(id); err == nil {
+			err = fmt.Errorf("record %q is not damaged: %w", id, errdefs.ErrFailedPrecondition)
+		}
+		return nil, err
+	case !errors.As(err, &d) || d.ID == "":
+		return nil, err
+	}
+	row := d.ID
+	raw, _, err := tx.get(bucketRecord, []byte(row))
 	if err != nil {
 		return nil, err
 	}
-	if !ok {
-		return nil, notFound(id)
+	if err := tx.setAside(row, raw); err != nil {
+		return nil, err
 	}
-	if _, err := decodeRecord(id, raw); err == nil {
-		return nil, fmt.Errorf("record %q is not damaged: %w", id, errdefs.ErrFailedPrecondition)
-	}
-	if err := tx.setAside(id, raw); err != nil {
+	if err := tx.removeAttachments(row); err != nil {
 		return nil, err
 	}
 	for _, b := range []string{bucketIndex, bucketChild, bucketSnapshot, bucketBlob, bucketUnsettled, bucketAlias} {
 		for k, v := range tx.scan(b, nil) {
-			if owner, ok := rowOwner(b, k, v); !ok || owner != id {
+			if owner, ok := rowOwner(b, k, v); !ok || owner != row {
 				continue
 			}
 			if b == bucketSnapshot {
@@ -52,7 +65,7 @@ func (tx *Tx) Quarantine(id ID) (driverKeys []string, err error) {
 
 // setAside keeps the raw bytes, each time under a number of their own: an
 // imported id may come, and be damaged, again.
-func (tx *Tx) setAside(id ID, raw []byte) error {
+func (tx *Tx) setAside(row ID, raw []byte) error {
 	n, err := tx.sequence(bucketQuarantine)
 	if err != nil {
 		return err
@@ -60,9 +73,9 @@ func (tx *Tx) setAside(id ID, raw []byte) error {
 	if err := tx.setSequence(bucketQuarantine, n+1); err != nil {
 		return err
 	}
-	key := append(binary.BigEndian.AppendUint64(nil, n+1), id...)
+	key := append(binary.BigEndian.AppendUint64(nil, n+1), row...)
 	if err := tx.put(bucketQuarantine, key, raw); err != nil {
 		return err
 	}
-	return tx.remove(bucketRecord, []byte(id))
+	return tx.remove(bucketRecord, []byte(row))
 }

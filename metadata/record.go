@@ -126,9 +126,9 @@ type Record struct {
 	ImageRefs []string
 	Values    []Value
 
-	// attachments is the number under which the record's attachments are
-	// kept, 0 for none yet. The store owns it.
-	attachments uint64
+	// row is the key of the record's row, by which all other rows know it:
+	// the id that the first record in the row had. The store owns it.
+	row ID
 	// unknown holds the fields that a newer version wrote, so that a
 	// rewrite by this one keeps them. Blob and Value have their own.
 	unknown []byte

@@ -75,8 +75,8 @@ func (w *refill) record(tx *Tx, rec *Record) error {
 		if err != nil {
 			return err
 		}
-		w.s.unread[rec.ID] = b
-		delete(w.s.records, rec.ID)
+		w.s.unread[rec.row] = b
+		delete(w.s.records, rec.row)
 		return nil
 	}
 	if err := tx.write(nil, rec); err != nil {
@@ -86,19 +86,13 @@ func (w *refill) record(tx *Tx, rec *Record) error {
 }
 
 func (w *refill) attachments() error {
-	owners, most := map[uint64]bool{}, w.s.sequences[bucketAttachment]
-	for _, rec := range w.s.records {
-		owners[rec.attachments] = true
-		most = max(most, rec.attachments)
-	}
 	keys := slices.Sorted(maps.Keys(w.s.attachments))
 	for len(keys) > 0 {
 		err := w.update(func(tx *Tx) error {
 			for len(keys) > 0 && tx.putBytes < compactBatch {
 				k := keys[0]
 				keys = keys[1:]
-				owner, _, _ := splitAttachment([]byte(k))
-				if !owners[owner] {
+				if row, _, _ := splitAttachment([]byte(k)); w.s.records[row] == nil {
 					delete(w.s.attachments, k)
 					continue
 				}
@@ -112,7 +106,7 @@ func (w *refill) attachments() error {
 			return err
 		}
 	}
-	return w.update(func(tx *Tx) error { return tx.setSequence(bucketAttachment, most) })
+	return nil
 }
 
 // quarantine keeps what was there and adds what could not be read.

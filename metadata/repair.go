@@ -182,7 +182,7 @@ func (r *repair) orphansAreOurs() bool {
 
 // salvaged is what can be read.
 type salvaged struct {
-	records     map[ID]*Record
+	records     map[ID]*Record    // by their rows
 	quarantine  [][2][]byte       // key as stored and value, of the old file
 	unread      map[ID][]byte     // bytes that were found under an id
 	attachments map[string][]byte // by key; those of the records only
@@ -205,7 +205,7 @@ func (r *repair) salvage() (*salvaged, error) {
 			s.unread[ID(k)] = v
 			return
 		}
-		s.records[rec.ID] = rec
+		s.records[rec.row] = rec
 	}
 	for k, v := range r.tx.scan(bucketRecord, nil) {
 		take(k, v)
@@ -225,7 +225,7 @@ func (r *repair) salvage() (*salvaged, error) {
 			s.quarantine = append(s.quarantine, [2][]byte{k, v})
 		}
 	}
-	for _, b := range []string{bucketRecord, bucketAttachment, bucketQuarantine} {
+	for _, b := range []string{bucketRecord, bucketQuarantine} {
 		n, err := r.tx.sequence(b)
 		if err == nil {
 			s.sequences[b] = n
@@ -240,19 +240,9 @@ func (r *repair) salvage() (*salvaged, error) {
 }
 
 func (r *repair) salvageAttachments(s *salvaged) {
-	owners := map[uint64]bool{}
-	for _, rec := range s.records {
-		_, shared := owners[rec.attachments]
-		owners[rec.attachments] = rec.attachments != 0 && !shared
-	}
-	for _, rec := range s.records {
-		if !owners[rec.attachments] {
-			rec.attachments = 0 // two had the number, and nobody knows whose they are
-		}
-	}
 	take := func(k, v []byte) {
-		owner, _, ok := splitAttachment(k)
-		if !ok || !owners[owner] || s.attachments[string(k)] != nil {
+		row, _, ok := splitAttachment(k)
+		if !ok || s.records[row] == nil || s.attachments[string(k)] != nil {
 			return
 		}
 		if _, err := unframe(k, v); err == nil {
@@ -345,10 +335,14 @@ func (r *repair) compare(s *salvaged) {
 		}
 	}
 	children := map[ID][]ID{}
-	for id, rec := range s.records {
+	found := map[ID]bool{}
+	for _, rec := range s.records {
+		found[rec.ID] = true
+	}
+	for _, rec := range s.records {
 		for _, p := range rec.Parents {
-			children[p] = append(children[p], id)
-			if s.records[p] == nil {
+			children[p] = append(children[p], rec.ID)
+			if !found[p] {
 				missing[p] = true
 			}
 		}

@@ -176,14 +176,14 @@ func (tx *Tx) setSequence(bucket string, n uint64) error {
 }
 
 // rootKeys lists the names at the top of the file, as it was when the
-// transaction began.
+// transaction began, and whether they are those of buckets.
 func (tx *Tx) rootKeys() (map[string]bool, error) {
 	names := map[string]bool{}
 	err := tx.guard("list buckets", func() error {
 		c := treeCursor{t: tx.tree, root: bucketRoot{page: tx.tree.root}}
 		ok, err := c.seek(nil)
 		for ; ok && err == nil; ok, err = c.next() {
-			names[string(c.key())] = true
+			_, names[string(c.key())] = c.value()
 		}
 		return err
 	})

@@ -31,11 +31,12 @@ func (tx *Tx) pairs(bucket, first string) iter.Seq[ID] {
 	}
 }
 
-// confirmed yields the ids whose record exists, can be read and says yes.
-func (tx *Tx) confirmed(ids iter.Seq[ID], yes func(*Record) bool) iter.Seq[ID] {
+// confirmed yields the ids of the records in those rows that can be read and
+// say yes.
+func (tx *Tx) confirmed(rows iter.Seq[ID], yes func(*Record) bool) iter.Seq[ID] {
 	return func(yield func(ID) bool) {
-		for id := range ids {
-			if r, err := tx.load(id); err == nil && r != nil && yes(r) && !yield(id) {
+		for row := range rows {
+			if r, err := tx.row(row); err == nil && r != nil && yes(r) && !yield(r.ID) {
 				return
 			}
 		}
@@ -56,7 +57,7 @@ func (tx *Tx) ByKey(driverKey string) (ID, error) {
 	if !ok || len(v) == 0 || len(v) > MaxIDLen {
 		return "", missing
 	}
-	r, err := tx.load(ID(v))
+	r, err := tx.row(ID(v))
 	if isDamaged(err) {
 		// Its snapshot is taken all the same.
 		return ID(v), nil
@@ -71,7 +72,7 @@ func (tx *Tx) ByKey(driverKey string) (ID, error) {
 }
 
 // ByIndex yields the records that declare exactly this index key, in the
-// order of their ids.
+// order of Records.
 func (tx *Tx) ByIndex(key string) iter.Seq[ID] {
 	return tx.confirmed(tx.pairs(bucketIndex, key), func(r *Record) bool {
 		return slices.Contains(indexKeys(r), key)
@@ -79,14 +80,14 @@ func (tx *Tx) ByIndex(key string) iter.Seq[ID] {
 }
 
 // ByIndexPrefix yields the index keys that start with prefix and the records
-// that declare them, ordered by the length of the key, then the key, then
-// the id. Keys are stored behind their length, so this seeks once for each
+// that declare them, ordered by the length of the key, then the key, then as
+// Records is. Keys are stored behind their length, so this seeks once for each
 // length that occurs.
 func (tx *Tx) ByIndexPrefix(prefix string) iter.Seq2[string, ID] {
 	return func(yield func(string, ID) bool) {
-		for key, id := range tx.prefixed(prefix) {
-			r, err := tx.load(id)
-			if err == nil && r != nil && slices.Contains(indexKeys(r), key) && !yield(key, id) {
+		for key, row := range tx.prefixed(prefix) {
+			r, err := tx.row(row)
+			if err == nil && r != nil && slices.Contains(indexKeys(r), key) && !yield(key, r.ID) {
 				return
 			}
 		}
@@ -147,18 +148,28 @@ func (tx *Tx) ByBlob(d digest.Digest) iter.Seq[ID] {
 }
 
 // ByIDPrefix yields the records whose id or alias starts with prefix, each
-// once, those found by id first.
+// once, those in a row of that name first.
 func (tx *Tx) ByIDPrefix(prefix string) iter.Seq[ID] {
 	return func(yield func(ID) bool) {
+		seen := map[ID]bool{}
 		for k, v := range tx.scan(bucketRecord, []byte(prefix)) {
-			if v != nil && len(k) <= MaxIDLen && !yield(ID(k)) {
+			id := ID(k)
+			if v == nil || len(k) > MaxIDLen {
+				continue
+			}
+			if r, err := decodeRecord(id, v); err == nil {
+				if id = r.ID; !strings.HasPrefix(string(id), prefix) {
+					continue
+				}
+			}
+			seen[id] = true
+			if !yield(id) {
 				return
 			}
 		}
-		seen := map[ID]bool{}
 		for k := range tx.scan(bucketAlias, []byte(prefix)) {
-			r, err := tx.byAlias(ID(k))
-			if err != nil || seen[r.ID] || strings.HasPrefix(string(r.ID), prefix) {
+			r, err := tx.lookUp(ID(k))
+			if err != nil || r == nil || seen[r.ID] {
 				continue
 			}
 			seen[r.ID] = true
@@ -172,23 +183,32 @@ func (tx *Tx) ByIDPrefix(prefix string) iter.Seq[ID] {
 // Unsettled yields the records that an Open has to compare with the driver:
 // mutable and committed ones, and those with a snapshot that is not durable
 // or may have its former name. A record that cannot be read is among them if
-// it was before.
+// it was before, and named by its row.
 func (tx *Tx) Unsettled() iter.Seq[ID] {
 	return func(yield func(ID) bool) {
 		for k, v := range tx.scan(bucketUnsettled, nil) {
 			if v == nil || len(k) > MaxIDLen {
 				continue
 			}
-			r, err := tx.load(ID(k))
-			if (err != nil || (r != nil && unsettled(r))) && !yield(ID(k)) {
+			id := ID(k)
+			r, err := tx.row(id)
+			switch {
+			case err != nil:
+			case r == nil || !unsettled(r):
+				continue
+			default:
+				id = r.ID
+			}
+			if !yield(id) {
 				return
 			}
 		}
 	}
 }
 
-// Records yields all records in the order of their ids. One that cannot be
-// read comes as a nil record with a *DamagedError, and the walk goes on.
+// Records yields all records in the order of their ids, where one that replaced
+// others stands for the first of them. One that cannot be read comes as a nil
+// record with a *DamagedError, and the walk goes on.
 func (tx *Tx) Records() iter.Seq2[*Record, error] {
 	return func(yield func(*Record, error) bool) {
 		for k, v := range tx.scan(bucketRecord, nil) {

@@ -77,7 +77,9 @@ func (t *tree) page(id uint64, from, to []byte) (page, error) {
 // at. Nobody but this store writes the file, so that holds for as long as it is
 // open: what takes the place of a page was in memory, and whole, before. What
 // leads to a page may be damaged all the same, and is looked at each time.
-type checkedPages struct{ bits atomic.Pointer[[]atomic.Uint64] }
+type checkedPages struct {
+	bits atomic.Pointer[[]atomic.Uint64]
+}
 
 // cover makes room for so many pages. A bit that somebody sets meanwhile may
 // be lost, and its page looked at again.

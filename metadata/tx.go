@@ -47,36 +47,62 @@ func notFound(id ID) error { return fmt.Errorf("record %q: %w", id, errdefs.ErrN
 
 func isDamaged(err error) bool { return errors.Is(err, ErrDamaged) }
 
-// load reads a record by its id alone; nil means that there is none.
-func (tx *Tx) load(id ID) (*Record, error) {
+// row reads the record that is in a row; nil means that there is none.
+func (tx *Tx) row(key ID) (*Record, error) {
 	var r *Record
 	var damaged error
-	if err := tx.find(bucketRecord, []byte(id), func(v []byte) { r, damaged = decodeRecord(id, v) }); err != nil {
+	if err := tx.find(bucketRecord, []byte(key), func(v []byte) { r, damaged = decodeRecord(key, v) }); err != nil {
 		return nil, err
 	}
 	return r, damaged
 }
 
-// stored is load for ids that must be there.
-func (tx *Tx) stored(id ID) (*Record, error) {
+// lookUp reads the record with the id or alias; nil means that there is none.
+func (tx *Tx) lookUp(name ID) (*Record, error) {
+	r, err := tx.row(name)
+	if err != nil || (r != nil && r.ID == name) {
+		return r, err
+	}
+	v, ok, err := tx.get(bucketAlias, []byte(name))
+	if err != nil || !ok || len(v) == 0 || len(v) > MaxIDLen {
+		return nil, err
+	}
+	r, err = tx.row(ID(v))
+	if err == nil && r != nil && !slices.Contains(rowlessNames(r), name) {
+		r = nil
+	}
+	return r, err
+}
+
+// load reads a record by its id alone; nil means that there is none.
+func (tx *Tx) load(id ID) (*Record, error) {
+	r, err := tx.lookUp(id)
+	if r != nil && r.ID != id {
+		r = nil
+	}
+	return r, err
+}
+
+// known turns a missing record into an error.
+func known(id ID, find func(ID) (*Record, error)) (*Record, error) {
 	if err := validateID("record id", id); err != nil {
 		return nil, err
 	}
-	r, err := tx.load(id)
+	r, err := find(id)
 	if err == nil && r == nil {
 		err = notFound(id)
 	}
 	return r, err
 }
 
+// stored is load for ids that must be there.
+func (tx *Tx) stored(id ID) (*Record, error) { return known(id, tx.load) }
+
 // Get returns the record with the id or alias. Uses that wait to be written
 // are in its counts already. Errors: not found, invalid argument for an
 // empty or too long id, ErrDamaged as a *DamagedError.
 func (tx *Tx) Get(id ID) (*Record, error) {
-	r, err := tx.stored(id)
-	if errdefs.IsNotFound(err) {
-		r, err = tx.byAlias(id)
-	}
+	r, err := known(id, tx.lookUp)
 	if err != nil {
 		return nil, err
 	}
@@ -84,38 +110,10 @@ func (tx *Tx) Get(id ID) (*Record, error) {
 	return r, nil
 }
 
-func (tx *Tx) byAlias(alias ID) (*Record, error) {
-	v, ok, err := tx.get(bucketAlias, []byte(alias))
-	if err != nil {
-		return nil, err
-	}
-	if !ok || len(v) == 0 || len(v) > MaxIDLen {
-		return nil, notFound(alias)
-	}
-	r, err := tx.load(ID(v))
-	if err != nil {
-		return nil, err
-	}
-	if r == nil || !slices.Contains(r.Aliases, alias) {
-		return nil, notFound(alias)
-	}
-	return r, nil
-}
-
 // Resolve returns the id of the record that is known under an id or alias.
-// It does not look into a record that is found by its id.
+// Errors as for Get.
 func (tx *Tx) Resolve(id ID) (ID, error) {
-	if err := validateID("record id", id); err != nil {
-		return "", err
-	}
-	ok, err := tx.has(bucketRecord, []byte(id))
-	if err != nil {
-		return "", err
-	}
-	if ok {
-		return id, nil
-	}
-	r, err := tx.byAlias(id)
+	r, err := known(id, tx.lookUp)
 	if err != nil {
 		return "", err
 	}
@@ -137,7 +135,11 @@ func (tx *Tx) Create(r *Record) error {
 	}
 	tx.creates = true
 	n := *r
-	n.Revision, n.attachments = 1, 0
+	n.Revision, n.row = 1, r.ID
+	// Those of a record that was lost with its page would be taken for its.
+	if err := tx.removeAttachments(n.row); err != nil {
+		return err
+	}
 	if err := tx.write(nil, &n); err != nil {
 		return err
 	}
@@ -171,7 +173,7 @@ func (tx *Tx) Put(r *Record) (revision uint64, err error) {
 	n := *r
 	n.Revision = old.Revision + 1
 	n.UsageCount, n.LastUsed = old.UsageCount, old.LastUsed
-	n.attachments, n.unknown = old.attachments, old.unknown
+	n.row, n.unknown = old.row, old.unknown
 	return n.Revision, tx.write(old, &n)
 }
 
@@ -186,17 +188,19 @@ func (tx *Tx) Delete(id ID) error {
 	if err := tx.childless(id); err != nil {
 		return err
 	}
-	if err := tx.removeAttachments(old); err != nil {
+	if err := tx.removeAttachments(old.row); err != nil {
 		return err
 	}
 	return tx.write(old, nil)
 }
 
-// Replace removes the record old, with its aliases, and creates r under a
-// new id in its place; the attachments move. From then on the old id is not
-// found, and neither are its aliases: r may not have them, since an id never
-// names two contents. Usage counts are those of r. Errors as for Delete and
-// Create.
+// Replace puts r, under a new id, in the place of the record old. From then on
+// the old id is not found, and neither are its aliases: r may not have them,
+// since an id never names two contents. Usage counts are those of r. Errors as
+// for Delete and Create.
+//
+// The record stays in its row, so all that other rows know of it stands, and
+// its attachments are those of r.
 func (tx *Tx) Replace(old ID, r *Record) error {
 	if err := validate(r); err != nil {
 		return err
@@ -218,7 +222,7 @@ func (tx *Tx) Replace(old ID, r *Record) error {
 		return err
 	}
 	n := *r
-	n.Revision, n.attachments, n.unknown = 1, o.attachments, o.unknown
+	n.Revision, n.row, n.unknown = 1, o.row, o.unknown
 	if err := tx.write(o, &n); err != nil {
 		return err
 	}
@@ -294,25 +298,27 @@ func (tx *Tx) freeName(r *Record, what string, name ID) error {
 }
 
 // owner returns the record that a name stands for, empty for none. A record
-// that cannot be read keeps its names.
+// that cannot be read keeps its names, and one that replaced another keeps that
+// one's id from ever being given to a third.
 func (tx *Tx) owner(name ID) (ID, error) {
-	id, err := tx.Resolve(name)
-	switch {
-	case errdefs.IsNotFound(err):
-		return "", nil
-	case isDamaged(err):
-		var d *DamagedError
-		if errors.As(err, &d) && d.ID != "" {
-			return d.ID, nil
-		}
+	r, err := tx.row(name)
+	if err == nil && r == nil {
+		r, err = tx.lookUp(name)
 	}
-	return id, err
+	var d *DamagedError
+	switch {
+	case errors.As(err, &d) && d.ID != "":
+		return d.ID, nil
+	case err != nil || r == nil:
+		return "", err
+	}
+	return r.ID, nil
 }
 
 // parents checks that all parents of r exist and outlive it.
 func (tx *Tx) parents(old, r *Record) error {
 	for _, p := range r.Parents {
-		ok, err := tx.has(bucketRecord, []byte(p))
+		ok, err := tx.exists(p)
 		if err != nil {
 			return err
 		}
@@ -323,13 +329,30 @@ func (tx *Tx) parents(old, r *Record) error {
 	return nil
 }
 
-// Children yields the records that have id among their parents.
+// exists says whether there is a record with the id, if only a damaged one.
+func (tx *Tx) exists(id ID) (bool, error) {
+	r, err := tx.load(id)
+	var d *DamagedError
+	if errors.As(err, &d) && d.ID != "" {
+		return true, nil
+	}
+	return r != nil, err
+}
+
+// Children yields the records that have id among their parents. One that
+// cannot be read is named by its row.
 func (tx *Tx) Children(id ID) iter.Seq[ID] {
 	return func(yield func(ID) bool) {
 		for child := range tx.pairs(bucketChild, string(id)) {
-			r, err := tx.load(child)
-			// A child that cannot be read still needs its parent.
-			if (err != nil || (r != nil && slices.Contains(r.Parents, id))) && !yield(child) {
+			r, err := tx.row(child)
+			switch {
+			case err != nil: // it still needs its parent
+			case r == nil || !slices.Contains(r.Parents, id):
+				continue
+			default:
+				child = r.ID
+			}
+			if !yield(child) {
 				return
 			}
 		}

@@ -218,6 +218,46 @@ func TestReplace(t *testing.T) {
 	})
 }
 
+// TestReplaceAgain: a record is found by its present id alone, however often it
+// was replaced, and none of its former ids is given to another record.
+func TestReplaceAgain(t *testing.T) {
+	s := fresh(t)
+	create(t, s, rec("a", indexed("i")))
+	for _, next := range [][2]metadata.ID{{"a", "b"}, {"b", "c"}} {
+		update(t, s, func(tx *metadata.Tx) error {
+			return errors.Join(tx.SetAttachment(next[0], "log", []byte(next[0])), tx.Replace(next[0], rec(next[1], indexed("i"))))
+		})
+		require.Equal(t, []metadata.ID{next[1]}, search(t, s, "i"))
+	}
+	s.Touch("c", time.Unix(5, 0))
+	s.Touch("a", time.Unix(7, 0))
+	require.NoError(t, s.Flush(t.Context()))
+	require.EqualValues(t, 1, get(t, s, "c").UsageCount, "a use of a former id is nobody's")
+	view(t, s, func(tx *metadata.Tx) {
+		for _, gone := range []metadata.ID{"a", "b"} {
+			_, err := tx.Get(gone)
+			require.True(t, errdefs.IsNotFound(err), "%s: %v", gone, err)
+			_, err = tx.Resolve(gone)
+			require.True(t, errdefs.IsNotFound(err), "%s: %v", gone, err)
+			require.Empty(t, slices.Collect(tx.ByIDPrefix(string(gone))))
+		}
+		require.Equal(t, []metadata.ID{"c"}, slices.Collect(tx.ByIDPrefix("c")))
+		data, err := tx.Attachment("c", "log")
+		require.NoError(t, err)
+		require.Equal(t, "b", string(data))
+	})
+	for _, r := range []*metadata.Record{rec("a"), rec("d", func(r *metadata.Record) { r.Aliases = []metadata.ID{"a"} })} {
+		err := s.Update(t.Context(), func(tx *metadata.Tx) error { return tx.Create(r) })
+		require.True(t, errdefs.IsAlreadyExists(err), "%v", err)
+		require.ErrorContains(t, err, `"c"`)
+	}
+	err := s.Update(t.Context(), func(tx *metadata.Tx) error { return tx.Create(rec("e", over("a"))) })
+	require.True(t, errdefs.IsFailedPrecondition(err), "a former id is no parent: %v", err)
+	create(t, s, rec("e", over("c")))
+	update(t, s, func(tx *metadata.Tx) error { return errors.Join(tx.Delete("e"), tx.Delete("c")) })
+	create(t, s, rec("a"))
+}
+
 func TestAttachments(t *testing.T) {
 	s := fresh(t)
 	create(t, s, rec("a"), rec("b"))

@@ -53,7 +53,7 @@ type history struct {
 }
 
 func newHistory(t *rapid.T, path string, open Opener) *history {
-	m := &model{map[metadata.ID]*metadata.Record{}, map[metadata.ID]map[string]string{}}
+	m := newModel()
 	return &history{t: t, path: path, opener: open, model: m}
 }
 
@@ -186,7 +186,7 @@ func (h *history) same(t *rapid.T) {
 		for id, r := range m.records {
 			require.NotNil(t, got[id], "%s", id)
 			requireSame(t, r, got[id])
-			require.Equal(t, m.children(id), slices.Collect(tx.Children(id)))
+			require.Equal(t, m.children(id), slices.Sorted(tx.Children(id)))
 			require.Equal(t, len(m.children(id)), tx.ChildCount(id))
 			for _, a := range r.Aliases {
 				res, err := tx.Resolve(a)

@@ -12,10 +12,17 @@ import (
 type model struct {
 	records map[metadata.ID]*metadata.Record
 	files   map[metadata.ID]map[string]string
+	// first is the id that was replaced first, for records that replaced one:
+	// it is not given out again as long as they are there.
+	first map[metadata.ID]metadata.ID
+}
+
+func newModel() *model {
+	return &model{map[metadata.ID]*metadata.Record{}, map[metadata.ID]map[string]string{}, map[metadata.ID]metadata.ID{}}
 }
 
 func (m *model) clone() *model {
-	c := &model{maps.Clone(m.records), map[metadata.ID]map[string]string{}}
+	c := &model{maps.Clone(m.records), map[metadata.ID]map[string]string{}, maps.Clone(m.first)}
 	for id, f := range m.files {
 		c.files[id] = maps.Clone(f)
 	}
@@ -36,6 +43,9 @@ func (m *model) children(id metadata.ID) (out []metadata.ID) {
 func (m *model) taken(r *metadata.Record, except metadata.ID, namesToo bool) bool {
 	mine := append([]metadata.ID{r.ID}, r.Aliases...)
 	for id, o := range m.records {
+		if slices.Contains(mine, m.first[id]) {
+			return true
+		}
 		if id != except || namesToo {
 			for _, n := range append([]metadata.ID{o.ID}, o.Aliases...) {
 				if slices.Contains(mine, n) {
@@ -85,6 +95,7 @@ func (m *model) remove(id metadata.ID) bool {
 	}
 	delete(m.records, id)
 	delete(m.files, id)
+	delete(m.first, id)
 	return true
 }
 
@@ -93,9 +104,12 @@ func (m *model) replace(old metadata.ID, r *metadata.Record) bool {
 	if o == nil || len(m.children(old)) > 0 || m.taken(r, old, true) || !m.all(r.Parents) || slices.Contains(r.Parents, old) {
 		return false
 	}
-	files := m.files[old]
-	delete(m.records, old)
-	delete(m.files, old)
+	files, first := m.files[old], m.first[old]
+	if first == "" {
+		first = old
+	}
+	m.remove(old)
+	m.first[r.ID] = first
 	n := *r
 	n.Revision = 1
 	m.records[r.ID] = &n

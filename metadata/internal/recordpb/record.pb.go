@@ -58,9 +58,9 @@ type Record struct {
 	Blobs     []*Blob  `protobuf:"bytes,25,rep,name=blobs,proto3" json:"blobs,omitempty"`
 	ImageRefs [][]byte `protobuf:"bytes,26,rep,name=image_refs,json=imageRefs,proto3" json:"image_refs,omitempty"`
 	Values    []*Value `protobuf:"bytes,27,rep,name=values,proto3" json:"values,omitempty"`
-	// The number under which the bucket attachment has this record's data; 0
-	// is none yet. It moves to the record that replaces this one.
-	Attachments   uint64 `protobuf:"varint,28,opt,name=attachments,proto3" json:"attachments,omitempty"`
+	// The record's id, where that is not the key of its row: a record that
+	// replaces another one takes over the row.
+	Id            []byte `protobuf:"bytes,29,opt,name=id,proto3" json:"id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -284,11 +284,11 @@ func (x *Record) GetValues() []*Value {
 	return nil
 }
 
-func (x *Record) GetAttachments() uint64 {
+func (x *Record) GetId() []byte {
 	if x != nil {
-		return x.Attachments
+		return x.Id
 	}
-	return 0
+	return nil
 }
 
 // Instant is a point in time with its full range; an absent one is no time.
@@ -693,7 +693,7 @@ var File_metadata_internal_recordpb_record_proto protoreflect.FileDescriptor
 
 const file_metadata_internal_recordpb_record_proto_rawDesc = "" +
 	"\n" +
-	"'metadata/internal/recordpb/record.proto\x12\x12lamina.metadata.v1\"\xe3\x06\n" +
+	"'metadata/internal/recordpb/record.proto\x12\x12lamina.metadata.v1\"\xd7\x06\n" +
 	"\x06Record\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\rR\x05state\x12\x0e\n" +
 	"\x02op\x18\x02 \x01(\rR\x02op\x12\x1a\n" +
@@ -725,8 +725,8 @@ const file_metadata_internal_recordpb_record_proto_rawDesc = "" +
 	"\x05blobs\x18\x19 \x03(\v2\x18.lamina.metadata.v1.BlobR\x05blobs\x12\x1d\n" +
 	"\n" +
 	"image_refs\x18\x1a \x03(\fR\timageRefs\x121\n" +
-	"\x06values\x18\x1b \x03(\v2\x19.lamina.metadata.v1.ValueR\x06values\x12 \n" +
-	"\vattachments\x18\x1c \x01(\x04R\vattachments\"9\n" +
+	"\x06values\x18\x1b \x03(\v2\x19.lamina.metadata.v1.ValueR\x06values\x12\x0e\n" +
+	"\x02id\x18\x1d \x01(\fR\x02idJ\x04\b\x1c\x10\x1d\"9\n" +
 	"\aInstant\x12\x18\n" +
 	"\aseconds\x18\x01 \x01(\x03R\aseconds\x12\x14\n" +
 	"\x05nanos\x18\x02 \x01(\x05R\x05nanos\".\n" +
