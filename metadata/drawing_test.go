@@ -98,7 +98,7 @@ func matchValue(drawn string, k, v []byte) error {
 		if crc32.Update(crc32.Checksum(k, table), table, v[5:]) != binary.BigEndian.Uint32(v[1:]) {
 			return fmt.Errorf("checksum is wrong")
 		}
-	case drawn == "id" || drawn == "what was found under the id":
+	case drawn == "row" || drawn == "what was found in the row":
 		if len(v) == 0 {
 			return fmt.Errorf("value is empty")
 		}

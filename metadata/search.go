@@ -31,18 +31,6 @@ func (tx *Tx) pairs(bucket, first string) iter.Seq[ID] {
 	}
 }
 
-// confirmed yields the ids of the records in those rows that can be read and
-// say yes.
-func (tx *Tx) confirmed(rows iter.Seq[ID], yes func(*Record) bool) iter.Seq[ID] {
-	return func(yield func(ID) bool) {
-		for row := range rows {
-			if r, err := tx.row(row); err == nil && r != nil && yes(r) && !yield(r.ID) {
-				return
-			}
-		}
-	}
-}
-
 // ByKey returns the record whose snapshot has the driver key, now or as its
 // former one. Errors: not found, ErrDamaged.
 func (tx *Tx) ByKey(driverKey string) (ID, error) {
@@ -74,9 +62,20 @@ func (tx *Tx) ByKey(driverKey string) (ID, error) {
 // ByIndex yields the records that declare exactly this index key, in the
 // order of Records.
 func (tx *Tx) ByIndex(key string) iter.Seq[ID] {
-	return tx.confirmed(tx.pairs(bucketIndex, key), func(r *Record) bool {
-		return slices.Contains(indexKeys(r), key)
-	})
+	return func(yield func(ID) bool) {
+		for row := range tx.pairs(bucketIndex, key) {
+			if id, ok := tx.declares(row, key); ok && !yield(id) {
+				return
+			}
+		}
+	}
+}
+
+// declares says whether the record in a row declares the key, and its id. One
+// that cannot be read does not.
+func (tx *Tx) declares(row ID, key string) (id ID, ok bool) {
+	err := tx.find(bucketRecord, []byte(row), func(v []byte) { id, ok = declares(row, v, key) })
+	return id, ok && err == nil
 }
 
 // ByIndexPrefix yields the index keys that start with prefix and the records
@@ -86,8 +85,7 @@ func (tx *Tx) ByIndex(key string) iter.Seq[ID] {
 func (tx *Tx) ByIndexPrefix(prefix string) iter.Seq2[string, ID] {
 	return func(yield func(string, ID) bool) {
 		for key, row := range tx.prefixed(prefix) {
-			r, err := tx.row(row)
-			if err == nil && r != nil && slices.Contains(indexKeys(r), key) && !yield(key, r.ID) {
+			if id, ok := tx.declares(row, key); ok && !yield(key, id) {
 				return
 			}
 		}
@@ -142,9 +140,14 @@ func lengthKey(n int, prefix string) []byte {
 
 // ByBlob yields the records that have a blob with the digest.
 func (tx *Tx) ByBlob(d digest.Digest) iter.Seq[ID] {
-	return tx.confirmed(tx.pairs(bucketBlob, string(d)), func(r *Record) bool {
-		return slices.ContainsFunc(r.Blobs, func(b Blob) bool { return b.Digest == d })
-	})
+	return func(yield func(ID) bool) {
+		for row := range tx.pairs(bucketBlob, string(d)) {
+			r, err := tx.row(row)
+			if err == nil && r != nil && slices.ContainsFunc(r.Blobs, func(b Blob) bool { return b.Digest == d }) && !yield(r.ID) {
+				return
+			}
+		}
+	}
 }
 
 // ByIDPrefix yields the records whose id or alias starts with prefix, each
