@@ -85,9 +85,8 @@ type builder struct {
 	// rows are all but attachments.
 	rows   map[string][]builtRow
 	totals *sums
-	// owner is the last number given out for attachments, newest the time of
-	// the newest id that was made here.
-	owner, newest uint64
+	// newest is the time of the newest id that was made here.
+	newest uint64
 }
 
 // builtRow is a row to be written; id is the record that asks for it.
@@ -136,10 +135,8 @@ func (b *builder) add(n New) error {
 		return err
 	}
 	r := *n.Record
-	r.Revision, r.attachments, r.unknown = 1, 0, nil
+	r.Revision, r.row, r.unknown = 1, r.ID, nil
 	if len(n.Attachments) > 0 {
-		b.owner++
-		r.attachments = b.owner
 		if err := b.attach(&r, n.Attachments); err != nil {
 			return err
 		}
@@ -163,7 +160,8 @@ func (b *builder) row(bucket string, key, value []byte, id ID) {
 	b.rows[bucket] = append(b.rows[bucket], builtRow{key, value, id})
 }
 
-// attach writes attachments: their numbers grow, so their keys do.
+// attach writes attachments: they may be much more than fits into memory. Those
+// of records that come in the order of their ids lie in order, too.
 func (b *builder) attach(r *Record, attachments map[string][]byte) error {
 	if err := b.out.bucket(bucketAttachment); err != nil {
 		return err
@@ -177,7 +175,7 @@ func (b *builder) attach(r *Record, attachments map[string][]byte) error {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		key := attachmentKey(r.attachments, name)
+		key := attachmentKey(r.row, name)
 		if err := b.out.put(bucketAttachment, key, frame(key, attachments[name])); err != nil {
 			return err
 		}
@@ -255,7 +253,7 @@ func (b *builder) finish(meta Meta) error {
 				return err
 			}
 		}
-		if err := errors.Join(tx.setSequence(bucketRecord, b.newest), tx.setSequence(bucketAttachment, b.owner)); err != nil {
+		if err := tx.setSequence(bucketRecord, b.newest); err != nil {
 			return err
 		}
 		return tx.err

@@ -27,10 +27,11 @@ type Report struct {
 	Kept string
 	// Records and Attachments are how many are in the new file.
 	Records, Attachments int
-	// Lost are records that something in the file speaks of and that were
-	// not found, sorted.
+	// Lost are names of records that something in the file speaks of and that
+	// were not found, sorted: their ids, those that they had before, and
+	// aliases.
 	Lost []ID
-	// Quarantined are records of which bytes were found that say nothing, or
+	// Quarantined are names, in the same sense, of records of which bytes were found that say nothing, or
 	// that another record stands in the way of, sorted. The bytes are in the
 	// new file's quarantine.
 	Quarantined []ID
@@ -326,11 +327,23 @@ func (r *repair) loose(id uint64, reached bool, row func(k, v []byte)) (more uin
 
 // compare fills the report with what did not get through.
 func (r *repair) compare(s *salvaged) {
-	missing := map[ID]bool{}
+	// What cannot be read is known by its row, and by the names that lead there.
+	missing, unread := map[ID]bool{}, map[ID]bool{}
+	for row := range s.unread {
+		unread[row] = true
+	}
 	for _, b := range []string{bucketIndex, bucketChild, bucketSnapshot, bucketBlob, bucketUnsettled, bucketAlias} {
 		for k, v := range r.tx.scan(b, nil) {
-			if id, ok := rowOwner(b, k, v); ok && s.records[id] == nil {
-				missing[id] = true
+			row, ok := rowOwner(b, k, v)
+			if !ok || s.records[row] != nil {
+				continue
+			}
+			missing[row] = true
+			if b == bucketAlias {
+				missing[ID(k)] = true
+				if s.unread[row] != nil {
+					unread[ID(k)] = true
+				}
 			}
 		}
 	}
@@ -347,9 +360,7 @@ func (r *repair) compare(s *salvaged) {
 			}
 		}
 	}
-	for id := range s.unread {
-		missing[id] = true
-	}
+	maps.Copy(missing, unread)
 	below := map[ID]bool{}
 	todo := slices.Collect(maps.Keys(missing))
 	for len(todo) > 0 {
@@ -362,11 +373,9 @@ func (r *repair) compare(s *salvaged) {
 			}
 		}
 	}
-	for id := range s.unread {
-		delete(missing, id)
-	}
+	maps.DeleteFunc(missing, func(id ID, _ bool) bool { return unread[id] })
 	r.report.Lost = slices.Sorted(maps.Keys(missing))
-	r.report.Quarantined = slices.Sorted(maps.Keys(s.unread))
+	r.report.Quarantined = slices.Sorted(maps.Keys(unread))
 	r.report.Descendants = slices.Sorted(maps.Keys(below))
 	r.report.Records, r.report.Attachments = len(s.records), len(s.attachments)
 }
