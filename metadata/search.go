@@ -19,12 +19,10 @@ func (tx *Tx) pairs(bucket, first string) iter.Seq[ID] {
 		if len(first) > MaxIndexLen {
 			return
 		}
-		for k, v := range tx.scan(bucket, pairPrefix(first)) {
-			_, id, ok := splitPair(k)
-			if !ok || v == nil || id == "" || len(id) > MaxIDLen {
-				continue
-			}
-			if !yield(ID(id)) {
+		prefix := pairPrefix(first)
+		for k, v := range tx.scan(bucket, prefix) {
+			id := ID(k[len(prefix):])
+			if v != nil && id != "" && len(id) <= MaxIDLen && !yield(id) {
 				return
 			}
 		}
