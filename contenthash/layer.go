@@ -135,12 +135,12 @@ func (a *applier) dir(path string) error {
 	if err != nil {
 		return failed("read the layer's", path, err)
 	}
-	entries, opaque, err := a.read(fd)
+	entries, err := a.read(fd)
 	fsat.Close(fd)
 	if err != nil {
 		return failed("read the layer's", path, err)
 	}
-	deeper, err := a.enter(path, entries, opaque)
+	deeper, err := a.enter(path, entries)
 	if err != nil {
 		return err
 	}
@@ -152,21 +152,21 @@ func (a *applier) dir(path string) error {
 	return nil
 }
 
-func (a *applier) read(fd int) (entries []upper, opaque bool, err error) {
+func (a *applier) read(fd int) (entries []upper, err error) {
 	names, err := a.list(fd, a.buf)
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	mark, err := a.mark(fd, "", "opaque")
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	for _, d := range names {
 		e := upper{dirent: d}
 		if e.kind == kindUnknown || e.kind == kindSpecial || (e.kind == kindFile && mark == "x") {
 			var st unix.Stat_t
 			if err := a.lstat(fd, d.name, &st); err != nil {
-				return nil, false, err
+				return nil, err
 			}
 			e.kind = kindOf(st.Mode)
 			e.whiteout = st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0
@@ -179,12 +179,12 @@ func (a *applier) read(fd int) (entries []upper, opaque bool, err error) {
 		}
 		if e.kind == kindDir {
 			if e.fresh, err = a.fresh(fd, d.name); err != nil {
-				return nil, false, err
+				return nil, err
 			}
 		}
 		entries = append(entries, e)
 	}
-	return entries, mark == "y", nil
+	return entries, nil
 }
 
 // fresh says that a directory of the layer shows nothing of the one of its
@@ -205,16 +205,12 @@ var errMeanwhile = errors.New("the tree was changed while a layer was entered")
 // enter enters the entries of a directory, and returns which of them have to
 // be looked into. Of what is new only the kind is entered: what a new directory
 // holds is read when it is wanted.
-func (a *applier) enter(path string, entries []upper, opaque bool) (deeper []string, err error) {
+func (a *applier) enter(path string, entries []upper) (deeper []string, err error) {
 	t := a.t
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.rev != a.rev {
 		return nil, errMeanwhile
-	}
-	if opaque && path == "" {
-		t.discard()
-		return nil, nil
 	}
 	n := t.find(path)
 	if n == nil || n.dir == nil {

@@ -100,6 +100,24 @@ func TestChildReadsWhatChanged(t *testing.T) {
 	})
 }
 
+// The kernel pays no heed to an opaque mark on the top directory of a layer: a
+// mount shows what is below, and so must what a child inherits.
+func TestOpaqueTopOfALayer(t *testing.T) {
+	s := newStack(t)
+	s.layer(func(dir string) { manyFiles(t, dir, 3, 5) })
+	parent := contenthash.New()
+	s.show(s.done, func(dir string) { sum(t, parent, dir, "/", contenthash.Options{}) })
+	s.layer(func(dir string) { write(t, dir, "dir01/sub0001/file02", "new") })
+	require.NoError(t, unix.Setxattr(s.done[1], "trusted.overlay.opaque", []byte("y"), 0))
+	child := parent.Clone()
+	require.NoError(t, child.ApplyLayer(t.Context(), upperLayer(s.done[1])))
+	s.show(s.done, func(dir string) {
+		require.FileExists(t, dir+"/dir00/sub0000/file00")
+		require.Equal(t, fresh(t, dir, "/"), sum(t, child, dir, "/", contenthash.Options{}))
+	})
+	require.Equal(t, uint64(1), child.Stats().FilesRead)
+}
+
 // TestLayers puts random layers on top of each other, and in other orders, as
 // merges do; the inherited digests are those of a fresh scan.
 func TestLayers(t *testing.T) {

@@ -1,7 +1,5 @@
 package main
 
-import "slices"
-
 // mutant is one thing that could have been written wrong.
 type mutant struct {
 	file     string
@@ -9,8 +7,7 @@ type mutant struct {
 	breaks   string
 }
 
-func mutants() []mutant { return slices.Concat(coreMutants(), hashMutants()) }
-
+// coreMutants are those of the state machine, the store and the drivers.
 func coreMutants() []mutant {
 	return []mutant{
 		// The state machine.
