@@ -497,3 +497,15 @@ func isOpen(fds []string, file string) bool {
 	}
 	return false
 }
+
+// A pattern sees names: a file that was renamed counts, though its content is
+// the same.
+func TestPatternsSeeNames(t *testing.T) {
+	digests := map[string]bool{}
+	for _, name := range []string{"one", "two"} {
+		dir := t.TempDir()
+		write(t, dir, "src/"+name, "same")
+		digests[string(sum(t, contenthash.New(), dir, "/src/*", contenthash.Options{Wildcard: true}))] = true
+	}
+	require.Len(t, digests, 2)
+}
