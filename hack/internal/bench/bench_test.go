@@ -92,8 +92,8 @@ func TestAllOperations(t *testing.T) {
 		}
 		if r.Name == "set-value-waiting" || (r.Name == "throughput" && r.N > 1) {
 			// Several goroutines share transactions; how many depends on
-			// the machine.
-			require.Less(t, f.Transactions, 1.0)
+			// the machine, and a busy one may run them one by one.
+			require.LessOrEqual(t, f.Transactions, 1.0)
 			return nil
 		}
 		if r.Name == "checksum-cold" || r.Name == "checksum-child" || r.Name == "checksum-after-finalize" {

@@ -15,8 +15,10 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// victims is how many records one sample of a prune removes.
-const victims = 32
+// victims says how many records one sample of a prune chooses from: a part of
+// the state, and no more than the peer, which takes longer for each the more
+// there are, can make and remove in bearable time.
+func victims(c *Config) []int { return []int{min(max(slices.Max(c.Sizes)/4, 32), 1000)} }
 
 // half is how many of n records a prune to a size removes.
 func half(n int) int { return n / 2 }
@@ -33,11 +35,11 @@ func usageOperations() []operation {
 			note: "all records with their sizes and who uses them; limit: a bbolt cursor over all, with checksums",
 		},
 		{
-			name: "prune", batch: 1, ns: []int{victims}, parts: each, rounds: 5, prepare: preparePrune, limit: limitPrune,
+			name: "prune", batch: 1, sizes: victims, parts: each, rounds: 5, prepare: preparePrune, limit: limitPrune,
 			note: "of n records that a filter picks, the time is that of one; limit: a rename of each, one bbolt transaction for all, and the removal of their directories",
 		},
 		{
-			name: "prune-to-size", batch: 1, ns: []int{victims}, parts: half, rounds: 5, prepare: preparePruneToSize, limit: limitPruneToSize,
+			name: "prune-to-size", batch: 1, sizes: victims, parts: half, rounds: 5, prepare: preparePruneToSize, limit: limitPruneToSize,
 			note: "of half of n records that a filter picks, until the store is small enough, the time is that of one that goes; limit as of prune",
 		},
 	}
@@ -195,7 +197,7 @@ func (l *limits) removal(n, some int) (sample, error) {
 const besidePrune = "beside-prune"
 
 const besideNote = "the 99th percentile of %s while all n records are pruned, with the range from the median to the longest; " +
-	"tx and syncs are those of the prune for each record; limit: the same on the same store, idle, just before"
+	"tx and syncs are those of the prune for each record; limit: the same on the same store, idle, between the parts of the prune"
 
 // peerBears is the largest state that the peer prunes in bearable time.
 const peerBears = 1000
@@ -245,50 +247,91 @@ func percentile(subject string, times []time.Duration) Figure {
 }
 
 // besidePrune gives the times of New, Get and Release, and what the prune cost
-// for each record.
+// for each record. The state is pruned in parts, and between them the store is
+// idle: what else the machine does then hits both alike.
 func (c *Config) besidePrune(ctx context.Context, w *world) (idle, busy [3][]time.Duration, each cost, err error) {
-	// As long as a short prune takes, or with enough calls for a percentile.
-	const calls = 3000
-	patience := c.Patience
-	if patience == 0 {
-		patience = 5 * time.Second
-	}
-	for start := time.Now(); len(idle[0]) < calls && time.Since(start) < patience; {
-		if err := w.timeCalls(ctx, &idle); err != nil {
-			return idle, busy, each, err
-		}
-	}
-	who := contender{databases: w.opener.Databases(w.dir)}
-	before, err := c.count(who)
+	// Enough, but each with some hundred records.
+	parts := min(max(len(w.ids)/200, 1), 10)
+	used, err := w.subject.Used(ctx)
 	if err != nil {
 		return idle, busy, each, err
 	}
+	who := contender{databases: w.opener.Databases(w.dir)}
+	removed := 0
+	for left := parts - 1; left >= 0; left-- {
+		if err := c.timeIdle(ctx, w, parts, &idle); err != nil {
+			return idle, busy, each, err
+		}
+		var limit *int64 // all goes in the end
+		if left > 0 {
+			most := used / int64(parts) * int64(left)
+			limit = &most
+		}
+		before, err := c.count(who)
+		if err != nil {
+			return idle, busy, each, err
+		}
+		n, err := w.timeBeside(ctx, limit, &busy)
+		removed += n
+		if err != nil {
+			return idle, busy, each, err
+		}
+		after, err := c.count(who)
+		if err != nil {
+			return idle, busy, each, err
+		}
+		tx, syncs := after.transactions-before.transactions, after.syncs-before.syncs
+		if tx < 0 {
+			// The store wrote its file anew, smaller, and counts from there on.
+			tx = syncs / 2
+		}
+		each.transactions += tx
+		each.syncs += syncs
+	}
+	each.transactions /= float64(max(removed, 1))
+	each.syncs /= float64(max(removed, 1))
+	return idle, busy, each, nil
+}
+
+// timeIdle times calls while nothing else is done: a part of the thousands
+// that a 99th percentile needs, as far as the patience for them goes.
+func (c *Config) timeIdle(ctx context.Context, w *world, parts int, into *[3][]time.Duration) error {
+	const calls = 5000
+	patience := c.Patience
+	if patience == 0 {
+		patience = 10 * time.Second
+	}
+	start := time.Now()
+	for n := 0; n < calls/parts && time.Since(start) < patience/time.Duration(parts); n++ {
+		if err := w.timeCalls(ctx, into); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// timeBeside times calls for as long as a prune to a limit takes, and says how
+// many records went.
+func (w *world) timeBeside(ctx context.Context, limit *int64, into *[3][]time.Duration) (removed int, err error) {
 	var wg sync.WaitGroup
+	var perr error
 	done := make(chan struct{})
-	removed, perr := 0, error(nil)
 	wg.Go(func() {
 		defer close(done)
-		removed, perr = w.subject.Prune(ctx, "", nil)
+		removed, perr = w.subject.Prune(ctx, "", limit)
 	})
 	for running := true; running; {
 		select {
 		case <-done:
 			running = false
 		default:
-			if err = w.timeCalls(ctx, &busy); err != nil {
+			if err = w.timeCalls(ctx, into); err != nil {
 				running = false
 			}
 		}
 	}
 	wg.Wait()
-	after, cerr := c.count(who)
-	n := float64(max(removed, 1))
-	each = cost{transactions: (after.transactions - before.transactions) / n, syncs: (after.syncs - before.syncs) / n}
-	if each.transactions < 0 {
-		// The store wrote its file anew, smaller, and counts from there on.
-		each.transactions = each.syncs / 2
-	}
-	return idle, busy, each, errors.Join(err, perr, cerr)
+	return removed, errors.Join(err, perr)
 }
 
 // timeCalls makes each call once, on the base, which is held.
