@@ -507,6 +507,53 @@ func TestSizesAreMeasuredInTheBackground(t *testing.T) {
 	}
 }
 
+// TestUsageMeasuresOnce: who asks again without a background that writes sizes
+// is told what was found out before, until the record changes.
+func TestUsageMeasuresOnce(t *testing.T) {
+	forKinds(t, func(w *world) {
+		imm := w.layer(nil, "f", string(make([]byte, 8192)))
+		id := imm.ID()
+		mut := w.new(nil, cache.NewOptions{}, "g", string(make([]byte, 4096)))
+		measured := func() (keys []string, sizes int64) {
+			from := len(w.driver.Calls())
+			tx := w.Stats().Transactions
+			u, err := w.DiskUsage(w.ctx, nil)
+			require.NoError(w, err)
+			require.Equal(w, tx, w.Stats().Transactions, "looking writes nothing")
+			for _, c := range w.driver.Calls()[from:] {
+				if c.Op == "Usage" {
+					keys = append(keys, c.Key)
+				}
+			}
+			for _, e := range u.Entries {
+				sizes += e.Size
+			}
+			return keys, sizes
+		}
+		first, size := measured()
+		require.Len(w, first, 2, "the committed one and the one that is written to")
+		require.Greater(w, size, int64(8192))
+		again, same := measured()
+		require.Len(w, again, 1, "the one that is written to may have grown")
+		require.Equal(w, size, same)
+
+		require.NoError(w, imm.SetValue(w.ctx, cache.Value{Name: "v", Data: []byte("1")}))
+		keys, same := measured()
+		require.Len(w, keys, 2)
+		require.Equal(w, size, same)
+		w.release(imm)
+		re, err := w.GetMutable(w.ctx, id)
+		require.NoError(w, err)
+		w.write(re, "more", string(make([]byte, 64<<10)))
+		grown, err := re.Commit(w.ctx)
+		require.NoError(w, err)
+		_, now := measured()
+		require.GreaterOrEqual(w, now, size+64<<10)
+		w.release(grown)
+		w.release(mut)
+	})
+}
+
 // A parent whose child stays is refused before the driver is asked for it.
 func TestAParentStaysWithItsChild(t *testing.T) {
 	forKinds(t, func(w *world) {

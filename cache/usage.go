@@ -130,6 +130,7 @@ func (m *Manager) DiskUsage(ctx context.Context, keep func(*Record) bool) (*Usag
 		return nil, err
 	}
 	u := &Usage{ByType: map[string]Count{}, ByState: map[string]Count{}}
+	u.Entries = s.entries[:0]
 	for _, e := range s.entries {
 		e.Record.Size = e.Size
 		if keep == nil || keep(e.Record) {
@@ -137,6 +138,7 @@ func (m *Manager) DiskUsage(ctx context.Context, keep func(*Record) bool) (*Usag
 			u.add(&e)
 		}
 	}
+	clear(s.entries[len(u.Entries):]) // so that what was left out is garbage
 	if keep == nil {
 		// Nobody asked for a part: what has no record yet counts, too.
 		u.unrecorded = s.unrecorded
@@ -188,8 +190,12 @@ type survey struct {
 
 func (m *Manager) survey(ctx context.Context) (*survey, error) {
 	s := &survey{}
+	m.lock()
+	hint := m.surveyed
+	m.unlock()
 	damaged := false
 	err := m.store.View(ctx, func(tx *metadata.Tx) error {
+		s.entries = make([]UsageEntry, 0, hint)
 		for rec, err := range tx.Records() {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
@@ -240,16 +246,34 @@ func (s *survey) protectParents(tx *metadata.Tx) {
 	}
 }
 
+// measured is a size that no transaction has written yet: it stands for one
+// revision of a record.
+type measured struct {
+	revision uint64
+	size     int64
+}
+
 // surveySizes fills in the sizes that the records do not have. A writer may be
-// at work in a mutable one, so that is measured each time.
+// at work in a mutable one, so that is measured each time; what is found out
+// of the others is kept in memory until somebody writes it.
 func (m *Manager) surveySizes(ctx context.Context, s *survey) error {
+	m.lock()
+	known := m.measured // it is replaced, never written to
+	m.unlock()
+	now := map[ID]measured{}
 	var recs []*Record
 	var where []int
 	for i := range s.entries {
 		e := &s.entries[i]
 		if e.Record.Key == "" {
 			e.Size = max(e.Size, 0)
-		} else if e.Size == metadata.SizeUnknown || e.Record.State == metadata.Mutable {
+		} else if e.Record.State == metadata.Mutable {
+			recs, where = append(recs, e.Record), append(where, i)
+		} else if e.Size != metadata.SizeUnknown {
+			continue
+		} else if k, ok := known[e.Record.ID]; ok && k.revision == e.Record.Revision {
+			e.Size, now[e.Record.ID] = k.size, k
+		} else {
 			recs, where = append(recs, e.Record), append(where, i)
 		}
 	}
@@ -258,11 +282,16 @@ func (m *Manager) surveySizes(ctx context.Context, s *survey) error {
 		return err
 	}
 	for k, i := range where {
+		rec := s.entries[i].Record
 		s.entries[i].Size = sizes[k]
-		if s.entries[i].Record.State != metadata.Mutable {
-			m.sizer.add(s.entries[i].Record.ID)
+		if rec.State != metadata.Mutable {
+			now[rec.ID] = measured{rec.Revision, sizes[k]}
+			m.sizer.add(rec.ID)
 		}
 	}
+	m.lock()
+	m.measured, m.surveyed = now, len(s.entries)
+	m.unlock()
 	return nil
 }
 
@@ -273,6 +302,10 @@ func (m *Manager) surveyUnrecorded(ctx context.Context, s *survey, at map[ID]int
 	if err != nil {
 		return fmt.Errorf("list snapshots without a record: %w", err)
 	}
+	pending = slices.DeleteFunc(pending, func(p snapshot.Pending) bool { return p.Kind != snapshot.PendingActive })
+	if len(pending) == 0 {
+		return nil
+	}
 	byKey := make(map[string]int, len(s.entries))
 	for i := range s.entries {
 		for _, key := range driverKeys(s.entries[i].Record) {
@@ -280,7 +313,7 @@ func (m *Manager) surveyUnrecorded(ctx context.Context, s *survey, at map[ID]int
 		}
 	}
 	for _, p := range pending {
-		if _, recorded := byKey[p.Key]; recorded || p.Kind != snapshot.PendingActive {
+		if _, recorded := byKey[p.Key]; recorded {
 			continue
 		}
 		info, err := m.driver.Stat(ctx, p.Key)

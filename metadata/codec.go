@@ -25,6 +25,12 @@ func encodeRecord(r *Record) ([]byte, error) {
 // decodeRecord reads the framed value of a row. The result shares no memory
 // with it. An error can name the record by its row only.
 func decodeRecord(row ID, value []byte) (*Record, error) {
+	return decodeRecordBy(new(recordpb.Record), row, value)
+}
+
+// decodeRecordBy is decodeRecord by means of a message that serves again: who
+// decodes all records makes half the garbage.
+func decodeRecordBy(m *recordpb.Record, row ID, value []byte) (*Record, error) {
 	damaged := func(reason error) error {
 		return &DamagedError{Bucket: bucketRecord, ID: row, Key: string(row), Reason: reason.Error()}
 	}
@@ -32,15 +38,14 @@ func decodeRecord(row ID, value []byte) (*Record, error) {
 	if err != nil {
 		return nil, damaged(err)
 	}
-	var m recordpb.Record
-	if err := proto.Unmarshal(payload, &m); err != nil {
+	if err := proto.Unmarshal(payload, m); err != nil {
 		return nil, damaged(err)
 	}
 	// No record has no state: that would be somebody else's frame.
 	if m.State == 0 || m.State > math.MaxUint8 || m.Op > math.MaxUint8 || m.OnPowerCut > math.MaxUint8 {
 		return nil, damaged(fmt.Errorf("state %d, op %d, policy %d", m.State, m.Op, m.OnPowerCut))
 	}
-	return recordFromPB(row, &m), nil
+	return recordFromPB(row, m), nil
 }
 
 // declares says whether the record in a row can be read and declares an index
