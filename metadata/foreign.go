@@ -7,18 +7,23 @@ import (
 	"io"
 	"iter"
 	"os"
+	"runtime/debug"
 	"sort"
+
+	"golang.org/x/sys/unix"
 )
 
 // Foreign reads somebody else's bbolt file with the reader of our own: no
-// damage panics, nothing is mapped, written or locked. It is what an import
-// reads legacy state with. It belongs to one goroutine at a time.
+// damage panics, nothing is written or locked. It is what an import reads
+// legacy state with. It belongs to one goroutine at a time.
 type Foreign struct {
 	f    *os.File
 	meta boltMeta
 	size int64
 	// stale says that a meta page cannot be read.
 	stale bool
+	// mapped is the file in memory, once something was read.
+	mapped []byte
 }
 
 // OpenForeign looks at the meta pages of an open file, which stays the
@@ -76,49 +81,42 @@ func (f *Foreign) Transaction() uint64 { return f.meta.txid }
 // newer one, what is read is the state before the last transaction.
 func (f *Foreign) Stale() bool { return f.stale }
 
-// A file is read in chunks of chunkSize bytes, which spares system calls, and
-// as far as it is in use: much of a file that was written for long is free.
-// Chunks are kept until there are maxChunks of them.
-const (
-	chunkSize = 16 << 10
-	maxChunks = 4096
-)
-
-// chunkSource reads a file in chunks.
-type chunkSource struct {
-	r      io.ReaderAt
-	size   uint64
-	chunks map[uint64][]byte
-}
-
-func (s *chunkSource) bytes(at, n uint64) ([]byte, error) {
-	i, from := at/chunkSize, at%chunkSize
-	if from+n > chunkSize {
-		return fileSource{s.r}.bytes(at, n)
-	}
-	chunk, ok := s.chunks[i]
-	if !ok {
-		if i*chunkSize >= s.size {
-			return nil, io.ErrUnexpectedEOF
+// Read calls read with the bucket that holds the buckets of the top level. The
+// file is mapped from then on, until Close: a page that cannot be read, because
+// the disk fails or somebody has cut the file, ends read with ErrDamaged.
+func (f *Foreign) Read(read func(root ForeignBucket) error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = recovered("read", p)
 		}
-		chunk = make([]byte, min(chunkSize, s.size-i*chunkSize))
-		if _, err := s.r.ReadAt(chunk, int64(i*chunkSize)); err != nil {
-			return fileSource{s.r}.bytes(at, n) // it may be another page that cannot be read
-		}
-		if len(s.chunks) == maxChunks {
-			clear(s.chunks)
-		}
-		s.chunks[i] = chunk
-	}
-	return mapSource(chunk).bytes(from, n)
-}
-
-// Root is the bucket that holds the buckets of the top level.
-func (f *Foreign) Root() ForeignBucket {
-	return ForeignBucket{
-		t:    &tree{src: &chunkSource{f.f, uint64(f.size), map[uint64][]byte{}}, pageSize: uint64(f.meta.pageSize), used: f.meta.used},
+	}()
+	return read(ForeignBucket{
+		t:    &tree{src: f.source(), pageSize: uint64(f.meta.pageSize), used: f.meta.used},
 		root: bucketRoot{page: f.meta.root},
+	})
+}
+
+// source maps the file, or reads it page by page where that cannot be.
+func (f *Foreign) source() source {
+	if f.mapped == nil {
+		b, err := unix.Mmap(int(f.f.Fd()), 0, int(f.size), unix.PROT_READ, unix.MAP_SHARED)
+		if err != nil {
+			return fileSource{f.f}
+		}
+		f.mapped = b
 	}
+	return mapSource(f.mapped)
+}
+
+// Close ends the use of all that was read. The file stays open.
+func (f *Foreign) Close() error {
+	if f.mapped == nil {
+		return nil
+	}
+	b := f.mapped
+	f.mapped = nil
+	return unix.Munmap(b)
 }
 
 // ForeignBucket is a bucket of a Foreign, at any depth.
@@ -128,7 +126,8 @@ type ForeignBucket struct {
 }
 
 // ForeignRow is a key with its value, or with the bucket that it names. The
-// bytes are the caller's own, until it is done with them.
+// bytes are those of the file: they are not to be changed, and hold until the
+// function that Read called returns.
 type ForeignRow struct {
 	Key    []byte
 	Value  []byte

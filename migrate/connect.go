@@ -11,77 +11,83 @@ import (
 // connect gives the records their parents, by the ids that survive, and drops
 // those whose ancestors do not come along.
 func (b *planner) connect() {
-	done := map[string]bool{}
-	for _, id := range b.ids() {
-		b.connectFrom(id, done)
+	for _, f := range b.all {
+		b.connectFrom(f)
 	}
 }
 
+// Stages of a visit.
+const (
+	unseen = iota
+	under  // it is looked at what it lies on
+	settled
+)
+
 // connectFrom visits a row after all that it lies on. It keeps its own stack:
 // chains are as long as users make them.
-func (b *planner) connectFrom(id string, done map[string]bool) {
+func (b *planner) connectFrom(f *fate) {
 	type visit struct {
-		id   string
-		deps []string
+		*fate
+		deps []*fate
 	}
-	below := func(id string) []string {
-		if it := b.fate[id].item; it != nil {
-			return b.dependencies(it)
+	open := func(f *fate) visit {
+		f.stage = under
+		if f.item == nil {
+			return visit{fate: f}
 		}
-		return nil
+		return visit{f, b.dependencies(f.item)}
 	}
-	if done[id] {
+	if f.stage != unseen {
 		return
 	}
-	open := map[string]bool{id: true}
-	stack := []visit{{id, below(id)}}
+	stack := []visit{open(f)}
 	for len(stack) > 0 {
 		top := &stack[len(stack)-1]
 		if len(top.deps) == 0 {
-			b.settle(top.id)
-			done[top.id] = true
-			delete(open, top.id)
+			b.settle(top.fate)
+			top.stage = settled
 			stack = stack[:len(stack)-1]
 			continue
 		}
 		dep := top.deps[0]
 		top.deps = top.deps[1:]
-		switch {
-		case open[dep]:
-			if b.fate[top.id].item != nil {
-				b.drop(top.id, "it is its own ancestor")
+		switch dep.stage {
+		case under:
+			if top.item != nil {
+				top.drop("it is its own ancestor")
 			}
-		case !done[dep]:
-			open[dep] = true
-			stack = append(stack, visit{dep, below(dep)})
+		case unseen:
+			stack = append(stack, open(dep))
 		}
 	}
 }
 
 // dependencies are the rows that a record needs: its parents, and the owner of
 // the snapshot below its own.
-func (b *planner) dependencies(it *item) []string {
-	var deps []string
-	add := func(id string) {
-		if b.fate[id] != nil && !slices.Contains(deps, id) {
-			deps = append(deps, id)
+func (b *planner) dependencies(it *item) []*fate {
+	var deps []*fate
+	add := func(f *fate) {
+		if f != nil && !slices.Contains(deps, f) {
+			deps = append(deps, f)
 		}
 	}
 	for _, p := range it.rec.Parents {
 		add(b.survivor(string(p)))
 	}
 	if base := b.baseOf(it); base != nil {
-		add(string(base.rec.ID))
+		add(b.fate[string(base.rec.ID)])
 	}
 	return deps
 }
 
-// survivor is the id under which a row comes along.
-func (b *planner) survivor(id string) string {
-	if f := b.fate[id]; f != nil && f.action == Alias {
-		return f.into
+// survivor is what becomes of a row, or of the one that it comes along with,
+// nil if there is no such row.
+func (b *planner) survivor(id string) *fate {
+	f := b.fate[id]
+	if f != nil && f.action == Alias {
+		return b.fate[f.into]
 	}
-	return id
+	return f
 }
 
 // baseOf is the owner of the snapshot that the item's lies on, nil for none.
@@ -93,40 +99,40 @@ func (b *planner) baseOf(it *item) *item {
 	if snap == nil {
 		return nil
 	}
-	return b.ofSnapshot[snap.Name]
+	return b.ofSnapshot[snap]
 }
 
 // settle decides over a row whose ancestors are decided.
-func (b *planner) settle(id string) {
-	it := b.fate[id].item
+func (b *planner) settle(f *fate) {
+	it := f.item
 	if it == nil {
 		return
 	}
 	for i, p := range it.rec.Parents {
-		parent := b.fate[b.survivor(string(p))]
+		parent := b.survivor(string(p))
 		switch {
 		case parent == nil:
-			b.drop(id, "its parent %s has no row", p)
+			f.drop("its parent %s has no row", p)
 			return
 		case parent.item == nil && parent.action == Fold:
-			b.drop(id, "its parent %s is the mutable of a pair", p)
+			f.drop("its parent %s is the mutable of a pair", p)
 			return
 		case parent.item == nil:
-			b.drop(id, "its parent %s does not come along: %s", p, parent.reason)
+			f.drop("its parent %s does not come along: %s", p, parent.reason)
 			return
 		case parent.item.rec.State == metadata.Mutable:
-			b.drop(id, "its parent %s is mutable", p)
+			f.drop("its parent %s is mutable", p)
 			return
 		}
 		it.rec.Parents[i] = parent.item.rec.ID
 	}
 	if why := b.checkBase(it); why != "" {
-		b.lost(id, it, why)
-		if it = b.fate[id].item; it == nil {
+		b.lost(f, why)
+		if it = f.item; it == nil {
 			return
 		}
 	}
-	b.order = append(b.order, it)
+	b.order = append(b.order, f)
 }
 
 // checkBase looks whether the snapshot lies on that of the parent.
@@ -159,35 +165,35 @@ func (b *planner) checkBase(it *item) string {
 
 // lost gives up the snapshot of a record: with its blob at hand, or as a merge
 // or diff, it is lazy; else it goes.
-func (b *planner) lost(id string, it *item, why string) {
-	delete(b.ofSnapshot, it.snap.Name)
-	blob := b.s.Blobs[b.row(it).Blob]
+func (b *planner) lost(f *fate, why string) {
+	it := f.item
+	delete(b.ofSnapshot, it.snap)
+	blob := b.s.Blobs[f.row.Blob]
 	again := it.rec.Op == metadata.Merge || it.rec.Op == metadata.Diff || blob != nil && blob.Present
 	if it.rec.State != metadata.Finalized || !again {
-		b.drop(id, "%s", why)
+		f.drop("%s", why)
 		return
 	}
 	it.snap, it.base = nil, nil
 	it.rec.State, it.rec.Key = metadata.Lazy, ""
 	it.rec.Durable, it.rec.Raw, it.rec.Verified = false, false, false
-	b.keep(id, Keep, it, why+": lazy again")
+	b.keep(f.row.ID, Keep, it, why+": lazy again")
 }
 
 // dropUnneeded drops what the old daemon was about to remove: no lease keeps
 // it, nothing retains it, and nobody lies on it.
 func (b *planner) dropUnneeded() {
-	needed := map[*item]bool{}
-	for _, it := range slices.Backward(b.order) {
-		id := string(it.rec.ID)
-		if !needed[it] && !it.rec.Retain && !b.leased(it) {
-			b.drop(id, "no lease holds it and nothing retains it: its removal was cut off")
+	for _, f := range slices.Backward(b.order) {
+		if !f.needed && !f.item.rec.Retain && !b.leased(f.item) {
+			f.drop("no lease holds it and nothing retains it: its removal was cut off")
 			continue
 		}
-		for _, dep := range b.dependencies(it) {
-			needed[b.fate[dep].item] = true
+		// Again, as it may have lost what it lay on.
+		for _, dep := range b.dependencies(f.item) {
+			dep.needed = true
 		}
 	}
-	b.order = slices.DeleteFunc(b.order, func(it *item) bool { return b.fate[string(it.rec.ID)].item != it })
+	b.order = slices.DeleteFunc(b.order, func(f *fate) bool { return f.item == nil })
 }
 
 // leased says whether a lease keeps what the record needs.
@@ -205,13 +211,14 @@ func (b *planner) leased(it *item) bool {
 
 // finish writes down what was decided.
 func (b *planner) finish(p *Plan) {
-	p.items = b.order
-	for _, it := range p.items {
-		addVariants(it.rec, b.s.Blobs)
+	p.items = make([]*item, 0, len(b.order))
+	for _, f := range b.order {
+		p.items = append(p.items, f.item)
+		addVariants(f.item.rec, b.s.Blobs)
 	}
-	for _, id := range b.ids() {
-		f := b.fate[id]
-		st := Step{Action: f.action, ID: id, Into: f.into, Reason: f.reason, Bytes: -1}
+	p.Steps = make([]Step, 0, len(b.all))
+	for _, f := range b.all {
+		st := Step{Action: f.action, ID: f.row.ID, Into: f.into, Reason: f.reason, Bytes: -1}
 		switch {
 		case f.item != nil:
 			st.State, st.Op, st.Bytes = f.item.rec.State.String(), f.item.rec.Op.String(), f.item.rec.Size
@@ -228,21 +235,21 @@ func (b *planner) finish(p *Plan) {
 // of the old daemon names goes; what one names that it might still show stays
 // for its sake.
 func (b *planner) leftovers(p *Plan) {
-	named := map[string]string{}
-	for id, r := range b.s.Rows {
-		if !r.Deleted {
-			named[r.SnapshotName()] = id
-			named[id] = id
-		}
-	}
 	var rest []*buildkit.Snapshot
 	for _, snap := range b.s.Snapshots {
-		if b.ofSnapshot[snap.Name] == nil || b.fate[string(b.ofSnapshot[snap.Name].rec.ID)].item == nil {
+		if it := b.ofSnapshot[snap]; it == nil || b.fate[string(it.rec.ID)].item == nil {
 			rest = append(rest, snap)
 		}
 	}
 	rest = append(rest, b.s.Unnamed...)
 	slices.SortFunc(rest, func(x, y *buildkit.Snapshot) int { return strings.Compare(x.Key, y.Key) })
+	named := map[string]string{}
+	for id, r := range b.s.Rows {
+		if len(rest) > 0 && !r.Deleted {
+			named[r.SnapshotName()] = id
+			named[id] = id
+		}
+	}
 	// Below what stays for the old daemon everything stays.
 	stays := map[string]bool{}
 	for _, snap := range rest {

@@ -201,6 +201,7 @@ func (x *execution) verify(ctx context.Context) (err error) {
 	if err := x.step("migrate.verify"); err != nil {
 		return err
 	}
+	x.progress("checking")
 	store, err := metadata.Open(ctx, x.path(unfinished), metadata.Options{ReadOnly: true, LockTimeout: -1})
 	if err != nil {
 		return err

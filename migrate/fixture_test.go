@@ -198,6 +198,8 @@ func compareRecord(t *testing.T, m *cache.Manager, aliases map[string]string, id
 		i := slices.IndexFunc(have.Blobs, func(b metadata.Blob) bool { return string(b.Digest) == want.Blob.Digest })
 		require.GreaterOrEqual(t, i, 0, "blob of %s", id)
 		require.Equal(t, want.Blob.MediaType, have.Blobs[i].MediaType)
+		_, err := os.Stat(filepath.Join(m.Root(), "content", "blobs", have.Blobs[i].Digest.Algorithm().String(), have.Blobs[i].Digest.Encoded()))
+		require.Equal(t, err == nil, have.Blobs[i].Stored, "what usage believes of the blob of %s", id)
 		require.Equal(t, want.Blob.DiffID, string(have.Blobs[i].DiffID))
 		require.Equal(t, want.Blob.ChainID, string(have.ChainID))
 	}

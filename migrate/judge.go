@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/migrate/buildkit"
@@ -12,15 +13,16 @@ import (
 
 // planner works out a plan.
 type planner struct {
-	s      *buildkit.State
-	sorted []string
-	fate   map[string]*fate
-	byKey  map[string]*buildkit.Snapshot
-	// ofSnapshot are the records that come along by the name of the snapshot
-	// that they adopt.
-	ofSnapshot map[string]*item
+	s     *buildkit.State
+	fate  map[string]*fate
+	byKey map[string]*buildkit.Snapshot
+	// all are the fates in the order of ids.
+	all []*fate
+	// ofSnapshot are the records that come along by the snapshot that they
+	// adopt.
+	ofSnapshot map[*buildkit.Snapshot]*item
 	// order has each record behind those that it lies on.
-	order []*item
+	order []*fate
 	// held are the names of snapshots that a lease keeps.
 	held map[string]bool
 }
@@ -32,18 +34,16 @@ type fate struct {
 	reason string
 	into   string
 	item   *item
+
+	// stage is how far connect has come with it.
+	stage int
+	// needed says that a record that comes along lies on this one.
+	needed bool
 }
 
-// ids are those of all rows, in order.
-func (b *planner) ids() []string {
-	if b.sorted == nil {
-		b.sorted = slices.Sorted(maps.Keys(b.s.Rows))
-	}
-	return b.sorted
-}
+func (b *planner) drop(id, format string, args ...any) { b.fate[id].drop(format, args...) }
 
-func (b *planner) drop(id, format string, args ...any) {
-	f := b.fate[id]
+func (f *fate) drop(format string, args ...any) {
 	f.action, f.item, f.into, f.reason = Drop, nil, "", fmt.Sprintf(format, args...)
 }
 
@@ -58,27 +58,31 @@ func (b *planner) judgeRows() {
 			b.held[name] = true
 		}
 	}
-	owners := b.owners()
+	b.all = make([]*fate, 0, len(b.s.Rows))
 	for id, r := range b.s.Rows {
-		b.fate[id] = &fate{row: r}
+		f := &fate{row: r}
+		b.fate[id] = f
+		b.all = append(b.all, f)
 	}
+	slices.SortFunc(b.all, func(x, y *fate) int { return strings.Compare(x.row.ID, y.row.ID) })
+	owners := b.owners()
 	// Pairs first: they decide over their mutable rows.
-	for _, id := range b.ids() {
-		r := b.s.Rows[id]
+	for _, f := range b.all {
+		r := f.row
 		switch {
 		case r.Damaged != nil:
-			b.drop(id, "its row is damaged: %v", r.Damaged)
+			f.drop("its row is damaged: %v", r.Damaged)
 		case r.Deleted:
-			b.drop(id, "marked deleted by a prune that was cut off")
+			f.drop("marked deleted by a prune that was cut off")
 		case r.EqualMutable != "":
 			b.judgePair(r, owners[r.EqualMutable])
 		case r.Committed || r.IsMerge() || r.IsDiff():
 			b.judgeImmutable(r)
 		}
 	}
-	for _, id := range b.ids() {
-		if b.fate[id].action == "" {
-			b.judgeMutable(b.s.Rows[id])
+	for _, f := range b.all {
+		if f.action == "" {
+			b.judgeMutable(f.row)
 		}
 	}
 }
@@ -87,8 +91,8 @@ func (b *planner) judgeRows() {
 // the newest, should there be several.
 func (b *planner) owners() map[string]*buildkit.Row {
 	owners := map[string]*buildkit.Row{}
-	for _, id := range b.ids() {
-		r := b.s.Rows[id]
+	for _, f := range b.all {
+		r := f.row
 		if r.EqualMutable == "" || r.Deleted || r.Damaged != nil {
 			continue
 		}
@@ -235,12 +239,19 @@ func (b *planner) judgeMutable(r *buildkit.Row) {
 // several compressions.
 func (b *planner) foldTwins() {
 	groups := map[string][]*item{}
-	for _, id := range b.ids() {
-		it := b.fate[id].item
+	first := make(map[string]*item, len(b.all))
+	for _, f := range b.all {
+		it := f.item
 		if it == nil || it.rec.State != metadata.Finalized && it.rec.State != metadata.Lazy {
 			continue
 		}
-		if name := b.s.Rows[id].SnapshotName(); name != "" {
+		name := f.row.SnapshotName()
+		switch other := first[name]; {
+		case other == nil:
+			first[name] = it
+		case groups[name] == nil:
+			groups[name] = []*item{other, it}
+		default:
 			groups[name] = append(groups[name], it)
 		}
 	}
@@ -254,16 +265,15 @@ func (b *planner) foldTwins() {
 			b.foldTwin(group[0], twin, name)
 		}
 	}
-	for _, id := range b.ids() {
-		f := b.fate[id]
+	for _, f := range b.all {
 		if f.item == nil || f.item.snap == nil {
 			continue
 		}
-		if other := b.ofSnapshot[f.item.snap.Name]; other != nil {
-			b.drop(id, "its snapshot is that of %s", other.rec.ID)
+		if other := b.ofSnapshot[f.item.snap]; other != nil {
+			f.drop("its snapshot is that of %s", other.rec.ID)
 			continue
 		}
-		b.ofSnapshot[f.item.snap.Name] = f.item
+		b.ofSnapshot[f.item.snap] = f.item
 	}
 }
 

@@ -96,7 +96,10 @@ func runWorker(ctx context.Context, w buildkit.Worker, o Options) Report {
 	began := time.Now()
 	r := Report{Worker: w.Name, Root: w.Dir}
 	r.Status, r.Plan, r.Err = worker(ctx, w.Dir, o)
-	if r.Err != nil {
+	switch {
+	case r.Err != nil && ctx.Err() != nil:
+		r.Err = fmt.Errorf("migrate %s: %w; the old state is as it was, run it again", w.Dir, r.Err)
+	case r.Err != nil:
 		r.Err = fmt.Errorf("migrate %s: %w", w.Dir, classify(r.Err))
 	}
 	r.Duration = time.Since(began)

@@ -114,7 +114,11 @@ type item struct {
 // NewPlan decides what becomes of a worker's state. It touches no file but
 // through o.
 func NewPlan(s *buildkit.State, o PlanOptions) (*Plan, error) {
-	b := &planner{s: s, fate: map[string]*fate{}, byKey: map[string]*buildkit.Snapshot{}, ofSnapshot: map[string]*item{}}
+	b := &planner{
+		s: s, fate: make(map[string]*fate, len(s.Rows)),
+		byKey:      make(map[string]*buildkit.Snapshot, len(s.Snapshots)),
+		ofSnapshot: make(map[*buildkit.Snapshot]*item, len(s.Snapshots)),
+	}
 	for _, snap := range s.Snapshots {
 		b.byKey[snap.Key] = snap
 	}

@@ -140,11 +140,16 @@ func joinValues(values, more []metadata.Value, id string) []metadata.Value {
 	return values
 }
 
-// addVariants completes the blobs of a record from the content store: sizes,
-// and the forms in other compressions that were made of them.
+// addVariants completes the blobs of a record from the content store: whether
+// they are there, sizes, and the forms in other compressions that were made of them.
 func addVariants(rec *metadata.Record, blobs map[digest.Digest]*buildkit.Blob) {
 	for i := range rec.Blobs {
-		if b := blobs[rec.Blobs[i].Digest]; b != nil && rec.Blobs[i].Size == 0 {
+		b := blobs[rec.Blobs[i].Digest]
+		if b == nil {
+			continue
+		}
+		rec.Blobs[i].Stored = b.Present
+		if rec.Blobs[i].Size == 0 {
 			rec.Blobs[i].Size = b.Size
 		}
 	}
@@ -177,7 +182,7 @@ func addVariants(rec *metadata.Record, blobs map[digest.Digest]*buildkit.Blob) {
 func variant(b *buildkit.Blob, diffID digest.Digest) (metadata.Blob, bool) {
 	const annotation = "buildkit.io/blob/annotation."
 	v := metadata.Blob{
-		Digest: b.Digest, Size: b.Size, DiffID: diffID, MediaType: b.Labels["buildkit.io/blob/mediatype"],
+		Digest: b.Digest, Size: b.Size, Stored: b.Present, DiffID: diffID, MediaType: b.Labels["buildkit.io/blob/mediatype"],
 	}
 	for name, value := range b.Labels {
 		if key, ok := strings.CutPrefix(name, annotation); ok {

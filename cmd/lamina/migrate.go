@@ -237,7 +237,7 @@ func (a *app) printMigration(r migrate.Report, dryRun bool) {
 		fmt.Fprintf(a.out, "warning: %s\n", safe(w))
 	}
 	verb := map[bool]string{true: "would become", false: "is now"}[dryRun]
-	fmt.Fprintf(a.out, "%s %s a store with driver %s: %s, %s\n", safe(r.Root), verb, p.Driver, plural(p.Records, "record"), size(p.Bytes))
+	fmt.Fprintf(a.out, "%s %s a store with driver %s: %s, %s\n", safe(r.Root), verb, p.Driver, plural(p.Records, "record"), sizeOfAll(p))
 	fmt.Fprintf(a.out, "  %s of a pair folded into one, %s for a second name, %s dropped\n",
 		plural(p.Folded, "record"), plural(p.Aliases, "alias"), plural(len(p.Dropped()), "record"))
 	fmt.Fprintf(a.out, "  %s of garbage go with the first opening, %s stay for the old daemon's sake\n", size(p.Freed), size(p.Left))
@@ -245,6 +245,24 @@ func (a *app) printMigration(r migrate.Report, dryRun bool) {
 	if !dryRun {
 		fmt.Fprintf(a.out, "  took %s; look at it with lamina --root %s ls\n", r.Duration.Round(time.Millisecond), safe(r.Root))
 	}
+}
+
+// sizeOfAll is the size of the records, as far as the old daemon had measured
+// them.
+func sizeOfAll(p *migrate.Plan) string {
+	unknown := 0
+	for _, s := range p.Steps {
+		if s.Bytes < 0 && (s.Action == migrate.Keep || s.Action == migrate.Fold) {
+			unknown++
+		}
+	}
+	switch {
+	case unknown == 0:
+		return size(p.Bytes)
+	case p.Bytes == 0:
+		return "sizes not known yet"
+	}
+	return fmt.Sprintf("%s and %d of a size not known yet", size(p.Bytes), unknown)
 }
 
 // rollbackView is what a rollback did to one worker.

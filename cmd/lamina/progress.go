@@ -2,7 +2,11 @@ package main
 
 import (
 	"fmt"
+	"io"
+	"os"
 	"time"
+
+	"golang.org/x/term"
 )
 
 // patience is how long something may take before we say that it goes on.
@@ -34,7 +38,9 @@ func (a *app) progress(what string, detail func() string) (stop func()) {
 				if detail != nil {
 					text = " " + detail()
 				}
-				fmt.Fprintf(a.err, "\r\x1b[K%s%s %s", what, text, time.Since(began).Round(time.Second))
+				line := fmt.Sprintf("%s%s %s", what, text, time.Since(began).Round(time.Second))
+				// One that is wrapped could not be taken back.
+				fmt.Fprint(a.err, "\r\x1b[K"+cut(line, columns(a.err)-1))
 				shown = true
 				tick.Reset(200 * time.Millisecond)
 			}
@@ -44,4 +50,23 @@ func (a *app) progress(what string, detail func() string) (stop func()) {
 		close(quit)
 		<-ended
 	}
+}
+
+// columns is how wide a terminal is.
+func columns(w io.Writer) int {
+	const usual = 80
+	if f, ok := w.(*os.File); ok {
+		if n, _, err := term.GetSize(int(f.Fd())); err == nil && n > 0 {
+			return n
+		}
+	}
+	return usual
+}
+
+// cut is a line that is no wider than n.
+func cut(line string, n int) string {
+	if r := []rune(line); len(r) > n {
+		return string(r[:max(n, 0)])
+	}
+	return line
 }

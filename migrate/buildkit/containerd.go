@@ -22,8 +22,8 @@ const namespace = "buildkit"
 const knownVersion = 4
 
 // readNames reads leases, names of snapshots, and blobs.
-func (s *State) readNames(db *database) error {
-	v1, err := onlyV1(db)
+func (s *State) readNames(db *database, root metadata.ForeignBucket) error {
+	v1, err := onlyV1(root)
 	if err != nil || v1 == nil {
 		s.Snapshotter = s.snapshotterByName()
 		return err
@@ -64,8 +64,8 @@ func (s *State) readNames(db *database) error {
 }
 
 // onlyV1 is the bucket that all others are in, nil if there is none yet.
-func onlyV1(db *database) (*metadata.ForeignBucket, error) {
-	top, err := buckets(db, "v1")
+func onlyV1(root metadata.ForeignBucket) (*metadata.ForeignBucket, error) {
+	top, err := buckets(root, "v1")
 	if err != nil {
 		return nil, err
 	}
@@ -91,6 +91,9 @@ func (s *State) eachBucket(db *database, b *metadata.ForeignBucket, what string,
 		return
 	}
 	for row, err := range b.Rows() {
+		if s.ctx.Err() != nil {
+			return // readDatabases says so
+		}
 		name := string(row.Key)
 		if err == nil && row.Bucket != nil {
 			err = read(name, *row.Bucket)
@@ -235,7 +238,7 @@ func (s *State) readBlob(name string, b metadata.ForeignBucket) error {
 
 // readDriver reads what the snapshotter knows of the snapshots. A name that it
 // does not know is no snapshot.
-func (s *State) readDriver(db *database) error {
+func (s *State) readDriver(db *database, root metadata.ForeignBucket) error {
 	byKey := map[string]*Snapshot{}
 	for name, snap := range s.Snapshots {
 		if snap.Key == "" || byKey[snap.Key] != nil {
@@ -245,7 +248,7 @@ func (s *State) readDriver(db *database) error {
 		}
 		byKey[snap.Key] = snap
 	}
-	v1, err := onlyV1(db)
+	v1, err := onlyV1(root)
 	if err != nil {
 		return err
 	}

@@ -63,7 +63,7 @@ func openDatabase(dir, name string) (_ *database, err error) {
 	}}, nil
 }
 
-func (d *database) close() error { return d.f.Close() }
+func (d *database) close() error { return errors.Join(d.rows.Close(), d.f.Close()) }
 
 // lock takes a flock without waiting.
 func lock(f *os.File, path string, how int) error {

@@ -1,6 +1,7 @@
 package buildkit
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -63,7 +64,10 @@ type State struct {
 	// warning guards Warnings while the databases are read.
 	warning sync.Mutex
 
-	external *metadata.ForeignBucket
+	// ctx ends the reading, and nothing else.
+	ctx context.Context
+	// external is the database that has external values, nil if none has.
+	external *database
 	open     []*database
 }
 
@@ -146,7 +150,7 @@ func HasRecords(dir string) bool {
 // a file cannot be read that the rest says nothing.
 func Open(ctx context.Context, dir string) (_ *State, err error) {
 	s := &State{
-		Dir: dir, Worker: filepath.Base(dir),
+		ctx: ctx, Dir: dir, Worker: filepath.Base(dir),
 		Rows: map[string]*Row{}, Leases: map[string]*Lease{}, Snapshots: map[string]*Snapshot{},
 		Blobs: map[digest.Digest]*Blob{},
 	}
@@ -188,11 +192,12 @@ func Open(ctx context.Context, dir string) (_ *State, err error) {
 // readDatabases reads the three of them: the records, and beside them what the
 // other two say of snapshots.
 func (s *State) readDatabases(ctx context.Context) error {
-	read := func(i int, read func(*database) error) error {
+	read := func(i int, read func(*database, metadata.ForeignBucket) error) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if err := read(s.open[i]); err != nil {
+		db := s.open[i]
+		if err := db.rows.Read(func(root metadata.ForeignBucket) error { return read(db, root) }); err != nil {
 			return advise(fmt.Errorf("%s: %w", filepath.Join(s.Dir, s.Files[i].Name), err))
 		}
 		return nil
@@ -206,6 +211,9 @@ func (s *State) readDatabases(ctx context.Context) error {
 	})
 	rows = read(0, s.readRecords)
 	wg.Wait()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	// What was found meanwhile is told in one order.
 	slices.Sort(s.Warnings)
 	return cmp.Or(rows, names)
@@ -261,9 +269,9 @@ func newerRecords(name string) bool {
 
 // buckets reads the top level, on which everything hangs: no damage is
 // tolerated here, and no bucket that is not known.
-func buckets(db *database, known ...string) (map[string]metadata.ForeignBucket, error) {
+func buckets(root metadata.ForeignBucket, known ...string) (map[string]metadata.ForeignBucket, error) {
 	found := map[string]metadata.ForeignBucket{}
-	for row, err := range db.rows.Root().Rows() {
+	for row, err := range root.Rows() {
 		if err != nil {
 			return nil, err
 		}
@@ -276,13 +284,13 @@ func buckets(db *database, known ...string) (map[string]metadata.ForeignBucket, 
 }
 
 // readRecords reads all rows. What cannot be read costs what is in it.
-func (s *State) readRecords(db *database) error {
-	top, err := buckets(db, "_main", "_index", "_external")
+func (s *State) readRecords(db *database, root metadata.ForeignBucket) error {
+	top, err := buckets(root, "_main", "_index", "_external")
 	if err != nil {
 		return err
 	}
-	if b, ok := top["_external"]; ok {
-		s.external = &b
+	if _, ok := top["_external"]; ok {
+		s.external = db
 	}
 	main, ok := top["_main"]
 	if !ok {
@@ -291,6 +299,9 @@ func (s *State) readRecords(db *database) error {
 	var lost error
 	for row, err := range main.Rows() {
 		id := string(row.Key)
+		if s.ctx.Err() != nil {
+			return context.Cause(s.ctx)
+		}
 		switch {
 		case id == "" && err != nil:
 			lost = err
@@ -328,24 +339,31 @@ func readRow(id string, b metadata.ForeignBucket) *Row {
 
 // External returns what is stored beside the row of an id, by name. It reads
 // the file. Values that cannot be read are left out, and are an error.
-func (s *State) External(id string) (map[string][]byte, error) {
+func (s *State) External(id string) (values map[string][]byte, err error) {
 	if s.external == nil {
 		return nil, nil
 	}
-	row, ok, err := s.external.Get(id)
-	if err != nil || !ok || row.Bucket == nil {
-		return nil, err
-	}
-	values := map[string][]byte{}
-	var damaged error
-	for row, err := range row.Bucket.Rows() {
-		if err != nil {
-			damaged = err
-		} else if row.Bucket == nil {
-			values[string(row.Key)] = row.Value
+	err = s.external.rows.Read(func(root metadata.ForeignBucket) error {
+		all, err := child(&root, "_external")
+		if err != nil || all == nil {
+			return err
 		}
-	}
-	return values, damaged
+		own, err := child(all, id)
+		if err != nil || own == nil {
+			return err
+		}
+		values = map[string][]byte{}
+		var damaged error
+		for row, err := range own.Rows() {
+			if err != nil {
+				damaged = err
+			} else if row.Bucket == nil {
+				values[string(row.Key)] = bytes.Clone(row.Value)
+			}
+		}
+		return damaged
+	})
+	return values, err
 }
 
 // BlobPath is the file of a blob.
