@@ -1,6 +1,7 @@
 package metadata
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"iter"
@@ -195,7 +196,7 @@ func (c *checker) records() bool {
 		r, err := decodeRecord(ID(k), v)
 		if err != nil {
 			c.damaged = true
-			if !c.find(CodeRecordDamaged, ID(k), bucketRecord, k, "%v", err) {
+			if !c.find(CodeRecordDamaged, ID(k), bucketRecord, k, "%v%s", err, c.knownAs(k)) {
 				return false
 			}
 			continue
@@ -205,6 +206,18 @@ func (c *checker) records() bool {
 		}
 	}
 	return true
+}
+
+// knownAs lists the names that lead to a row: the record in it may have another
+// id.
+func (c *checker) knownAs(row []byte) string {
+	names := ""
+	for name, v := range c.tx.scan(bucketAlias, nil) {
+		if bytes.Equal(v, row) {
+			names += fmt.Sprintf(", known as %q", name)
+		}
+	}
+	return names
 }
 
 func (c *checker) record(r *Record) bool {

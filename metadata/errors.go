@@ -88,6 +88,9 @@ type DamagedError struct {
 }
 
 func (e *DamagedError) Error() string {
+	if e.ID != "" && e.Bucket == bucketRecord {
+		return fmt.Sprintf("record %q is damaged: %s", e.ID, e.Reason)
+	}
 	if e.ID != "" {
 		return fmt.Sprintf("%s of record %q is damaged: %s", e.Bucket, e.ID, e.Reason)
 	}

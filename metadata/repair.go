@@ -1,6 +1,7 @@
 package metadata
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -27,11 +28,10 @@ type Report struct {
 	Kept string
 	// Records and Attachments are how many are in the new file.
 	Records, Attachments int
-	// Lost are names of records that something in the file speaks of and that
-	// were not found, sorted: their ids, those that they had before, and
-	// aliases.
+	// Lost are records that something in the file speaks of and that were not
+	// found, sorted. A record that had several ids is named by one of them.
 	Lost []ID
-	// Quarantined are names, in the same sense, of records of which bytes were found that say nothing, or
+	// Quarantined are records, named in the same way, of which bytes were found that say nothing, or
 	// that another record stands in the way of, sorted. The bytes are in the
 	// new file's quarantine.
 	Quarantined []ID
@@ -328,9 +328,9 @@ func (r *repair) loose(id uint64, reached bool, row func(k, v []byte)) (more uin
 // compare fills the report with what did not get through.
 func (r *repair) compare(s *salvaged) {
 	// What cannot be read is known by its row, and by the names that lead there.
-	missing, unread := map[ID]bool{}, map[ID]bool{}
+	missing, names := map[ID]bool{}, map[ID]ID{}
 	for row := range s.unread {
-		unread[row] = true
+		missing[row] = true
 	}
 	for _, b := range []string{bucketIndex, bucketChild, bucketSnapshot, bucketBlob, bucketUnsettled, bucketAlias} {
 		for k, v := range r.tx.scan(b, nil) {
@@ -340,10 +340,7 @@ func (r *repair) compare(s *salvaged) {
 			}
 			missing[row] = true
 			if b == bucketAlias {
-				missing[ID(k)] = true
-				if s.unread[row] != nil {
-					unread[ID(k)] = true
-				}
+				names[ID(k)] = row
 			}
 		}
 	}
@@ -354,13 +351,13 @@ func (r *repair) compare(s *salvaged) {
 	}
 	for _, rec := range s.records {
 		for _, p := range rec.Parents {
-			children[p] = append(children[p], rec.ID)
+			row := cmp.Or(names[p], p)
+			children[row] = append(children[row], rec.ID)
 			if !found[p] {
-				missing[p] = true
+				missing[row] = true
 			}
 		}
 	}
-	maps.Copy(missing, unread)
 	below := map[ID]bool{}
 	todo := slices.Collect(maps.Keys(missing))
 	for len(todo) > 0 {
@@ -373,9 +370,21 @@ func (r *repair) compare(s *salvaged) {
 			}
 		}
 	}
-	maps.DeleteFunc(missing, func(id ID, _ bool) bool { return unread[id] })
-	r.report.Lost = slices.Sorted(maps.Keys(missing))
-	r.report.Quarantined = slices.Sorted(maps.Keys(unread))
+	// The id that a record got last mostly sorts behind those before it.
+	known := map[ID]ID{}
+	for name, row := range names {
+		known[row] = max(known[row], name, row)
+	}
+	for row := range missing {
+		name := cmp.Or(known[row], row)
+		if s.unread[row] != nil {
+			r.report.Quarantined = append(r.report.Quarantined, name)
+		} else {
+			r.report.Lost = append(r.report.Lost, name)
+		}
+	}
+	slices.Sort(r.report.Lost)
+	slices.Sort(r.report.Quarantined)
 	r.report.Descendants = slices.Sorted(maps.Keys(below))
 	r.report.Records, r.report.Attachments = len(s.records), len(s.attachments)
 }
