@@ -112,6 +112,13 @@ func TestImportWithoutOwners(t *testing.T) {
 	tree, err = contenthash.Load(m)
 	require.NoError(t, err)
 	require.Equal(t, root, sum(t, tree.Clone(), "/nowhere", "/", contenthash.Options{}))
+
+	// A writer that tells nothing may have changed anything.
+	sealed := tree.Clone()
+	sealed.Unconfirm()
+	sealed.Seal()
+	require.Equal(t, fresh(t, dir, "/"), sum(t, sealed, dir, "/", contenthash.Options{}))
+
 	require.NoError(t, tree.HandleChange(contenthash.Change{Kind: contenthash.Delete, Path: "x"}))
 	require.Equal(t, fresh(t, dir, "/"), sum(t, tree, dir, "/", contenthash.Options{}))
 }
