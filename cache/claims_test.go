@@ -164,6 +164,23 @@ func TestOneClaimIsPassedOn(t *testing.T) {
 	w.release(ref)
 }
 
+// TestOneClaimThatIsHere is read before it is given out: it costs no transfer.
+func TestOneClaimThatIsHere(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t, overlayKind)
+	honest := pack(t, layer.Gzip, layerTar(t, file{name: "a", text: "1"}))
+	evil := lie(t, honest)
+	w.store(evil)
+	ref := w.byBlob(evil, nil, nil)
+	_, err := ref.GetRemotes(w.ctx, gzipped)
+	require.ErrorIs(t, err, errdefs.ErrDataLoss)
+	w.store(honest)
+	w.release(ref, w.byBlob(honest, nil, nil))
+	ref = w.get(ref.ID())
+	require.NotContains(t, w.inForms(ref), evil.desc.Digest)
+	w.release(ref)
+}
+
 // TestClaimsAgainstWhatIsKnown: a blob that was decompressed once is not believed
 // to hold another layer.
 func TestClaimsAgainstWhatIsKnown(t *testing.T) {

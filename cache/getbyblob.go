@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"slices"
 
@@ -194,11 +195,19 @@ func (l *layerSought) find(tx *metadata.Tx) (found *Record, err error) {
 			return nil, err
 		}
 	}
-	ids := tx.Children(parentID(l.parent))
 	if l.parent == nil || below != "" {
 		l.chain = chainOver(below, l.diffID)
-		ids = tx.ByIndex("chainid:" + string(l.chain))
+		found, err = l.equal(tx, tx.ByIndex("chainid:"+string(l.chain)))
+		if found != nil || err != nil || l.parent == nil {
+			return found, err
+		}
 	}
+	// One that was made before the parent's ChainID was known has none.
+	return l.equal(tx, tx.Children(parentID(l.parent)))
+}
+
+// equal picks from some records one of the layer that is sought.
+func (l *layerSought) equal(tx *metadata.Tx, ids iter.Seq[ID]) (found *Record, err error) {
 	for id := range ids {
 		rec, err := tx.Get(id)
 		if err != nil || rec.Op != metadata.Layer && rec.Op != metadata.Base || rec.DiffID != l.diffID {

@@ -186,3 +186,20 @@ func TestGetOfALongLazyChainTouchesNoBlob(t *testing.T) {
 	_, err := os.Lstat(filepath.Join(w.root, "content"))
 	require.ErrorIs(t, err, os.ErrNotExist)
 }
+
+// TestALayerIsFoundOnceItsParentHasAChainID: it was made when the parent had
+// none, and keeps its record.
+func TestALayerIsFoundOnceItsParentHasAChainID(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	base := w.sh(nil, "write x 1")
+	b := pack(t, layer.Gzip, layerTar(t, file{name: "a", text: "1"}))
+	ref := w.byBlob(b, base, nil)
+	require.Empty(t, ref.Record().ChainID)
+	require.NoError(t, w.remotes(base, gzipped).Release(w.ctx))
+	chain, err := base.ChainID(w.ctx)
+	require.NoError(t, err)
+	require.NotEmpty(t, chain)
+	again := w.byBlob(b, base, nil)
+	require.Equal(t, ref.ID(), again.ID())
+	w.release(base, ref, again)
+}

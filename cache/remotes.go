@@ -193,16 +193,16 @@ func (m *Manager) layerBlob(ctx context.Context, id ID, o RemotesOptions) (desc 
 
 // choose picks a blob that the record has and that can be read: one in the
 // algorithm that is asked for or, unless that is forced, any. What is only
-// claimed to hold the layer is given out where nothing else is known of it: of a
-// layer that has one blob and no snapshot.
+// claimed to hold the layer is given out where nothing else is known of it, of a
+// layer that has one blob and no snapshot, and not if it can be read here.
 func (b *blobStore) choose(ctx context.Context, rec *Record, o RemotesOptions) (source, bool, error) {
 	list, err := b.sources(ctx, rec)
 	if err != nil {
 		return source{}, false, err
 	}
-	if rec.State != metadata.Lazy || len(rec.Blobs) > 1 {
-		list = slices.DeleteFunc(list, func(src source) bool { return src.blob.Claimed })
-	}
+	list = slices.DeleteFunc(list, func(src source) bool {
+		return src.blob.Claimed && (rec.State != metadata.Lazy || len(rec.Blobs) > 1 || o.Create && src.stored)
+	})
 	for _, src := range list {
 		if src.has(o.Compression.Algorithm) {
 			return src, true, nil
