@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -213,7 +214,9 @@ func (a *app) carryOut(cmd *cobra.Command, m *cache.Manager, plan *policy.Plan) 
 	kept := slices.Clone(plan.Kept())
 	for r, err := range m.Execute(cmd.Context(), plan) {
 		if err != nil {
-			return err
+			// What was done until then is done.
+			sum.Kept = len(plan.Steps) - sum.Removed - sum.Failed
+			return errors.Join(err, a.printPruned(sum))
 		}
 		s := messages[string(r.ID)]
 		if s.Action == policy.Keep {
@@ -243,11 +246,9 @@ func (a *app) carryOut(cmd *cobra.Command, m *cache.Manager, plan *policy.Plan) 
 				return err
 			}
 		}
-		if err := printJSON(a.out, sum); err != nil {
-			return err
-		}
-	} else {
-		fmt.Fprintf(a.out, "removed %s, freed %s, kept %d\n", plural(sum.Removed, "record"), size(sum.Freed), sum.Kept+sum.Failed)
+	}
+	if err := a.printPruned(sum); err != nil {
+		return err
 	}
 	switch {
 	case sum.Failed == 0:
@@ -256,6 +257,14 @@ func (a *app) carryOut(cmd *cobra.Command, m *cache.Manager, plan *policy.Plan) 
 		return statusError(exitPartly)
 	}
 	return statusError(code)
+}
+
+// printPruned ends what a prune prints.
+func (a *app) printPruned(sum pruneSum) error {
+	if a.json {
+		return printJSON(a.out, sum)
+	}
+	return printLine(a.out, fmt.Sprintf("removed %s, freed %s, kept %d", plural(sum.Removed, "record"), size(sum.Freed), sum.Kept+sum.Failed))
 }
 
 func (a *app) printOutcome(s policy.Step, r cache.Removed) error {

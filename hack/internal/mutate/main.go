@@ -30,6 +30,8 @@ var near = map[string]string{
 	"cache/reopen.go":     "TestReopen|TestAReopened|TestInterrupted|TestHalf|TestOfTwo",
 	"cache/remove.go":     "TestVictims|TestAParent|TestSettleR|TestParent|TestRemoval",
 	"cache/prune.go":      "TestPrune$|TestPruneOf|TestCancelled|TestSpace",
+	"cache/collect.go":    "TestCollect|TestAHandle|TestALimit|TestQuotas",
+	"cache/usage.go":      "TestUsage|TestPrune$",
 	"cache/hold.go":       "TestA(Writer|Reader)In|TestHold|TestDetached|TestFinalizeIs",
 	"cache/settle.go":     "TestSettle|TestMarks",
 	"cache/settledrop.go": "TestSettle",
