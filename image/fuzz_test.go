@@ -80,8 +80,11 @@ func FuzzLayout(f *testing.F) {
 		manifest = strings.ReplaceAll(manifest, "$C", digest.FromString(config).String())
 		index = strings.ReplaceAll(strings.ReplaceAll(index, "$M", digest.FromString(manifest).String()), "$C", digest.FromString(config).String())
 		documents := []entry{
-			{name: "oci-layout", text: `{"imageLayoutVersion":"1.0.0"}`}, {name: "index.json", text: index},
-			{name: blob(manifest), text: manifest}, {name: blob(config), text: config}, {name: blob(""), text: ""},
+			{name: "oci-layout", text: `{"imageLayoutVersion":"1.0.0"}`},
+			{name: "index.json", text: index},
+			{name: blob(manifest), text: manifest},
+			{name: blob(config), text: config},
+			{name: blob(""), text: ""},
 		}
 
 		layout := filepath.Join(dir, "layout")

@@ -19,4 +19,8 @@ func TestLinesOfSeveralProfiles(t *testing.T) {
 	missed(&out, module+"cache/a.go", files[module+"cache/a.go"])
 	require.Equal(t, "cache/a.go:1-2\n", out.String())
 	require.Error(t, read(files, strings.NewReader("nonsense\n")))
+
+	ls := lines{1: true, 2: false, 3: true, 4: false}
+	ls.bare("if x {\n\t// why\n\ty()\n}\n")
+	require.Equal(t, lines{1: true, 3: true}, ls)
 }
