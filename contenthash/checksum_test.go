@@ -509,3 +509,29 @@ func TestPatternsSeeNames(t *testing.T) {
 	}
 	require.Len(t, digests, 2)
 }
+
+// Owners can be left out of one question, which neither uses nor changes what
+// is kept.
+func TestIgnoreOwners(t *testing.T) {
+	needRoot(t, "it changes owners")
+	dir := t.TempDir()
+	manyFiles(t, dir, 2, 3)
+	ask := func(tree *contenthash.Tree, path string, o contenthash.Options) string {
+		o.IgnoreOwners = true
+		return sum(t, tree, dir, path, o)
+	}
+	patterns := contenthash.Options{IncludePatterns: []string{"**"}, ExcludePatterns: []string{"dir01"}}
+	want, listed := fresh(t, dir, "/"), sum(t, contenthash.New(), dir, "/", patterns)
+	require.NoError(t, os.Lchown(dir+"/dir00", 5, 6))
+	require.NoError(t, os.Lchown(dir+"/dir00/sub0000/file01", 7, 8))
+	owned := fresh(t, dir, "/")
+	require.NotEqual(t, want, owned)
+	tree := contenthash.New()
+	for range 2 {
+		require.Equal(t, want, ask(tree, "/", contenthash.Options{}))
+		require.Equal(t, listed, ask(tree, "/", patterns))
+		require.Equal(t, owned, sum(t, tree, dir, "/", contenthash.Options{}))
+	}
+	_, err := tree.Checksum(t.Context(), contenthash.Dir(dir), "none", contenthash.Options{IgnoreOwners: true})
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+}

@@ -1,6 +1,7 @@
 package contenthash
 
 import (
+	"errors"
 	"io/fs"
 	"syscall"
 
@@ -72,10 +73,9 @@ type shortRead string
 func (e shortRead) Error() string { return string(e) }
 
 func (f files) pread(fd int, buf []byte, pos int64) (int, error) {
-	switch err := f.before("read"); {
-	case err == errShort && len(buf) > 1:
+	if err := f.before("read"); errors.Is(err, errShort) {
 		buf = buf[:1]
-	case err != nil && err != errShort:
+	} else if err != nil {
 		return 0, err
 	}
 	return fsat.Pread(fd, buf, pos)

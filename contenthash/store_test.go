@@ -199,3 +199,20 @@ func TestUnconfirmStored(t *testing.T) {
 	_, err = contenthash.UnconfirmStored([]byte("rubbish"))
 	require.ErrorAs(t, err, new(*contenthash.DamagedError))
 }
+
+// What is saved while somebody writes vouches for nothing, not even for what
+// was read a moment ago.
+func TestSavedWhileSomebodyWrites(t *testing.T) {
+	dir := t.TempDir()
+	manyFiles(t, dir, 2, 5)
+	tree := contenthash.New()
+	tree.Unconfirm()
+	sum(t, tree, dir, "/", contenthash.Options{})
+	m := memory{}
+	m.save(tree)
+	write(t, dir, "dir00/sub0000/file03", "changed")
+	loaded, err := contenthash.Load(m)
+	require.NoError(t, err)
+	require.False(t, loaded.Confirmed())
+	require.Equal(t, fresh(t, dir, "/"), sum(t, loaded, dir, "/", contenthash.Options{}))
+}
