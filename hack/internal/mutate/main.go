@@ -22,8 +22,8 @@ type stage struct {
 	env  []string
 }
 
-// near are the tests of a file of package cache that take a second or two and
-// are about what it does, by the beginnings of their names.
+// near are the tests that take a second or two and are about what a file of
+// package cache does, or another package, by the beginnings of their names.
 var near = map[string]string{
 	"cache/commit.go":     "TestCommit|TestLife|TestHandles|TestMutableWithout",
 	"cache/get.go":        "TestAMutable|TestLife|TestLooking",
@@ -37,6 +37,9 @@ var near = map[string]string{
 	"cache/settledrop.go": "TestSettle",
 	"cache/marks.go":      "TestMarks|TestTheMark|TestOpening",
 	"cache/manager.go":    "TestMarks|TestClose|TestHalf",
+
+	"contenthash": "TestFaults|TestChange(Behind|sBetween|WhileR)|TestIgnore|TestSaved|TestImport|TestDamage|TestPartly|TestOpaque|TestForm|TestRacy",
+	"checksum":    "TestKept|TestWriter|TestTwo|TestDamaged|TestTrees|TestSave|TestReopened",
 }
 
 // stagesOf are the tests that should catch a mutant of a package.
@@ -55,7 +58,10 @@ func stagesOf(file string) (pkg string, stages []stage) {
 			{"every crash", []string{"-test.failfast", "-test.run", "^TestCrashAtEveryStep$"}, nil},
 		}...)
 	default:
-		return "./" + dir, []stage{{"tests of the package", []string{"-test.failfast"}, nil}}
+		if tests := near[dir]; tests != "" {
+			stages = []stage{{"tests nearby", []string{"-test.failfast", "-test.run", "^(" + tests + ")"}, nil}}
+		}
+		return "./" + dir, append(stages, stage{"tests of the package", []string{"-test.failfast"}, nil})
 	}
 }
 
