@@ -124,3 +124,7 @@ func validateContent(r *Record) error {
 	}
 	return nil
 }
+
+// Validate says whether a record can be stored as it is, whatever else is in
+// the store. Errors: invalid argument.
+func Validate(r *Record) error { return validate(r) }

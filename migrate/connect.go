@@ -132,6 +132,11 @@ func (b *planner) settle(f *fate) {
 			return
 		}
 	}
+	addVariants(it.rec, b.s.Blobs)
+	if err := metadata.Validate(it.rec); err != nil {
+		f.drop("it cannot be kept here: %v", err)
+		return
+	}
 	b.order = append(b.order, f)
 }
 
@@ -214,7 +219,6 @@ func (b *planner) finish(p *Plan) {
 	p.items = make([]*item, 0, len(b.order))
 	for _, f := range b.order {
 		p.items = append(p.items, f.item)
-		addVariants(f.item.rec, b.s.Blobs)
 	}
 	p.Steps = make([]Step, 0, len(b.all))
 	for _, f := range b.all {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -104,7 +105,8 @@ func (b *Builder) External(id, name string, data []byte) {
 // as given.
 func (b *Builder) Snapshot(name, parent string, kind byte, files ...string) {
 	b.next++
-	data := map[string]string{"own-" + name: "content of " + name}
+	own := strings.ReplaceAll("own-"+name, "/", "_")
+	data := map[string]string{own[:min(len(own), 100)]: "content of " + name}
 	for _, f := range files {
 		data[f] = f + " in " + name
 	}
