@@ -155,6 +155,19 @@ func TestWhatCannotBeKept(t *testing.T) {
 	check(t, open(t, b.Dir))
 }
 
+// A record that names the snapshot of another layer is no second name of it.
+func TestAnotherLayerUnderTheSameName(t *testing.T) {
+	b := legacytest.NewBuilder(t.TempDir(), "native")
+	d, e := b.Blob("one", nil), b.Blob("two", nil)
+	b.Finalized("one", "", legacytest.Row{"cache.chainID": d, "cache.diffID": d})
+	b.Row("two", legacytest.Row{"snapshot.committed": true, "cache.snapshot": "one", "cache.chainID": e, "cache.diffID": e})
+	b.Lease("two", []string{"one"})
+	require.NoError(t, b.Write())
+	p := run(t, b.Dir, migrate.Options{}).Plan
+	comparePlan(t, p, want{"one": "finalized", "two": "is another layer"})
+	require.Zero(t, p.Aliases)
+}
+
 // One of two fails, then both are run again: the one that is a store stays, the
 // other becomes one.
 func TestAgainAfterOneFailed(t *testing.T) {

@@ -57,6 +57,13 @@ func stagesOf(file string) (pkg string, stages []stage) {
 			{"every failure", []string{"-test.failfast", "-test.run", "^TestEvery.*$"}, nil},
 			{"every crash", []string{"-test.failfast", "-test.run", "^TestCrashAtEveryStep$"}, nil},
 		}...)
+	case "migrate", "migrate/buildkit":
+		return "./migrate", []stage{
+			{"cases", []string{"-test.failfast", "-test.run", "^(TestCases|TestArchivesAgree|TestBadDirectories|TestTwoAtOnce|TestRollbackRefused|TestOldDaemon|TestContentHashes|TestErrorAtEachStep)"}, nil},
+			// TestUnreadable is for whoever may run the binary; here that is us alone.
+			{"tests of the package", []string{"-test.failfast", "-test.skip", "^(TestKilled|TestUnreadable)"}, nil},
+			{"kills", []string{"-test.failfast", "-test.run", "^TestKilled"}, nil},
+		}
 	default:
 		if tests := near[dir]; tests != "" {
 			stages = []stage{{"tests nearby", []string{"-test.failfast", "-test.run", "^(" + tests + ")"}, nil}}
