@@ -59,10 +59,7 @@ func (x *execution) run(ctx context.Context) (err error) {
 	if err := x.write(ctx); err != nil {
 		return err
 	}
-	if err := x.verify(ctx); err != nil {
-		return err
-	}
-	if err := x.sync(ctx); err != nil {
+	if err := x.verifyAndSync(ctx); err != nil {
 		return err
 	}
 	return x.publish()
@@ -196,12 +193,23 @@ func (x *execution) meta() (meta metadata.Meta, err error) {
 	return meta, err
 }
 
-// verify reads the new store again.
-func (x *execution) verify(ctx context.Context) (err error) {
+// verifyAndSync reads the new store again while the disk works.
+func (x *execution) verifyAndSync(ctx context.Context) error {
 	if err := x.step("migrate.verify"); err != nil {
 		return err
 	}
-	x.progress("checking")
+	if err := x.step("migrate.sync"); err != nil {
+		return err
+	}
+	x.progress("checking and syncing")
+	synced := make(chan error, 1)
+	go func() { synced <- x.sync(ctx) }()
+	err := x.verify(ctx)
+	return errors.Join(err, <-synced)
+}
+
+// verify reads the new store again.
+func (x *execution) verify(ctx context.Context) (err error) {
 	store, err := metadata.Open(ctx, x.path(unfinished), metadata.Options{ReadOnly: true, LockTimeout: -1})
 	if err != nil {
 		return err
@@ -229,10 +237,6 @@ func (x *execution) verify(ctx context.Context) (err error) {
 // sync brings to the disk what the new store is going to rely on: its own
 // names, the adopted data, and the blobs.
 func (x *execution) sync(ctx context.Context) error {
-	if err := x.step("migrate.sync"); err != nil {
-		return err
-	}
-	x.progress("syncing")
 	synced := map[uint64]bool{}
 	for _, name := range []string{".", "snapshots", "snapshots/snapshots", "content"} {
 		if err := context.Cause(ctx); err != nil {

@@ -168,6 +168,18 @@ func TestAnotherLayerUnderTheSameName(t *testing.T) {
 	require.Zero(t, p.Aliases)
 }
 
+// Nothing lies on what can still be written to.
+func TestSnapshotOnAWritableOne(t *testing.T) {
+	b := legacytest.NewBuilder(t.TempDir(), "native")
+	b.Pair("i", "m", "")
+	b.Row("c", legacytest.Row{"snapshot.committed": true, "cache.snapshot": "c", "cache.parent": "i"})
+	b.Snapshot("c", "m", legacytest.Committed)
+	b.Lease("c", []string{"c"})
+	require.NoError(t, b.Write())
+	comparePlan(t, run(t, b.Dir, migrate.Options{}).Plan, want{"i": "committed", "m": "", "c": "is not finalized"})
+	check(t, open(t, b.Dir))
+}
+
 // One of two fails, then both are run again: the one that is a store stays, the
 // other becomes one.
 func TestAgainAfterOneFailed(t *testing.T) {

@@ -142,7 +142,7 @@ func coreMutants() []mutant {
 		{"migrate/judge.go", "		if l.Temporary {\n			continue\n		}\n", "", "a lease that a daemon deletes when it starts keeps a snapshot"},
 		{"migrate/judge.go", "	case r.Blob != \"\" && blob != nil && blob.Present && r.BlobOnly:", "	case r.BlobOnly:", "a lazy layer comes along without its blob"},
 		{"migrate/connect.go", "	case base != nil && base.rec.State != metadata.Finalized:", "	case false:", "a snapshot may lie on one that is not finalized"},
-		{"migrate/connect.go", "	if base == nil && parent != \"\" || base != nil && base.rec.ID != parent {", "	if false {", "a snapshot may lie on another than that of its parent"},
+		{"migrate/connect.go", "	if base == nil && parent != \"\" || base != nil && base.rec.ID != parent {", "	if base != nil && parent == \"?\" {", "a snapshot may lie on another than that of its parent"},
 		{"migrate/connect.go", "		if stays[snap.Key] {", "		if false {", "what the old daemon may need is freed"},
 		{"migrate/connect.go", "		for _, dep := range b.dependencies(f.item) {\n			dep.needed = true\n		}\n", "", "what a record lies on goes with its lease"},
 		{"migrate/execute.go", "	if err := x.removeUnfinished(); err != nil {\n		return err\n	}\n", "", "what a killed migration left is in the way"},
