@@ -394,6 +394,17 @@ func TestLimitsAlone(t *testing.T) {
 	require.Equal(t, 2, compute(t, u, policy.Policy{KeepDuration: &zero}).Removed)
 }
 
+// TestEarlierRulesMakeRoom: what one rule frees is free for those after it.
+func TestEarlierRulesMakeRoom(t *testing.T) {
+	u := policy.Usage{Records: []policy.Record{{ID: "a", Type: "cheap", Size: 10_000}, {ID: "b", Size: 5_000}, {ID: "c", Size: 5_000}}}
+	cheap := policy.Policy{Types: []string{"cheap"}}
+	free := func(more int64) policy.Policy { return policy.Policy{MinFree: policy.Bytes(disk.Free + more)} }
+	require.Equal(t, 1, compute(t, u, cheap, free(10_000)).Removed)
+	require.Equal(t, 2, compute(t, u, cheap, free(10_001)).Removed)
+	require.Equal(t, 2, compute(t, u, cheap, free(15_000)).Removed)
+	require.Equal(t, 3, compute(t, u, cheap, free(15_001)).Removed)
+}
+
 func TestImpossiblePoliciesAreRefused(t *testing.T) {
 	neg := policy.Duration(-1)
 	for _, tt := range []struct {
