@@ -254,6 +254,32 @@ func TestCacheDirectoriesInUse(t *testing.T) {
 	limited.MaxUsed = policy.Bytes(0)
 	require.Equal(t, policy.Held, reasons(compute(t, u, limited))["busy"])
 	require.Equal(t, policy.Held, reasons(compute(t, u, policy.Policy{}))["busy"], "nobody named it")
+	hour := policy.Duration(time.Hour)
+	spared := named
+	spared.KeepDuration = &hour
+	require.Equal(t, policy.OnRelease, reasons(compute(t, u, spared))["busy"])
+	for i := range u.Records {
+		u.Records[i].LastUsed = now
+	}
+	require.Equal(t, policy.Held, reasons(compute(t, u, spared))["busy"], "it was used just now")
+}
+
+// TestExceeded: the limit that is named is the one that was not kept, not the
+// target that a plan would go to.
+func TestExceeded(t *testing.T) {
+	rules := []policy.Policy{{MaxUsed: policy.Bytes(100), Target: policy.Bytes(50)}, {Target: policy.Bytes(110)}}
+	exceeded := func(used int64) (out []int64) {
+		over, err := policy.Exceeded(rules, disk, used, nil)
+		require.NoError(t, err)
+		for _, x := range over {
+			require.Equal(t, used, x.Used)
+			out = append(out, x.Limit)
+		}
+		return out
+	}
+	require.Empty(t, exceeded(100))
+	require.Equal(t, []int64{100}, exceeded(101))
+	require.Equal(t, []int64{100, 110}, exceeded(111))
 }
 
 // TestManyGroups: as many groups as records, in one plan.

@@ -80,7 +80,7 @@ func coreMutants() []mutant {
 		{"cache/policy/policy.go", "\tif !set {\n\t\treturn c.Unlabelled\n\t}\n", "", "a rule for some values holds for what has no label"},
 		{"cache/policy/policy.go", "need := *r.reserved\n", "need := *r.reserved / 2\n", "reservations that no limit has room for are taken"},
 		{"cache/policy/group.go", "\t\tk, ok := at[key{value, set}]\n\t\tif !ok {\n\t\t\tk = len(g.groups)\n\t\t\tat[key{value, set}] = k\n", "\t\tk, ok := at[key{value, true}]\n\t\tif !ok {\n\t\t\tk = len(g.groups)\n\t\t\tat[key{value, true}] = k\n", "an empty label and none are one group"},
-		{"cache/policy/due.go", "\tif c.maxUsed != nil || c.minFree != nil {", "\tif false {", "a store within its limits is collected for its target"},
+		{"cache/policy/due.go", "\tif c.maxUsed != nil || c.minFree != nil {", "\tif false {", "a collection names the target instead of the limit"},
 		{"cache/collect.go", "\t\tif !stuck || again || x.Used > was+was/collectGrowth {", "\t\tif _ = was; !stuck || again {", "a store that grows over a stuck limit is not collected"},
 		{"cache/collect.go", "\t\tclear(c.stuck)\n", "", "a limit that is kept again stays stuck"},
 		{"cache/usage.go", "; ok && k.revision == e.Record.Revision {", "; ok {", "a size of an earlier revision is told"},
