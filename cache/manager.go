@@ -63,8 +63,10 @@ type Manager struct {
 	mu sync.Mutex
 	// Guarded by mu.
 	entries map[metadata.ID]*entry
-	// measured are sizes of records that the store does not know yet.
-	measured map[metadata.ID]measured
+	// measured are sizes of records that the store does not know yet, found
+	// out after so many cleaned copies were made.
+	measured      map[metadata.ID]measured
+	measuredAfter uint64
 	// surveyed is how many records there were when all were looked at last.
 	surveyed int
 	// written are the driver keys whose only writer was this process, so

@@ -257,8 +257,12 @@ type measured struct {
 // at work in a mutable one, so that is measured each time; what is found out
 // of the others is kept in memory until somebody writes it.
 func (m *Manager) surveySizes(ctx context.Context, s *survey) error {
+	began := m.copies.began()
 	m.lock()
 	known := m.measured // it is replaced, never written to
+	if began == nil || *began != m.measuredAfter {
+		known = nil // a cleaned copy has come to be, which counts as its record's
+	}
 	m.unlock()
 	now := map[ID]measured{}
 	var recs []*Record
@@ -290,8 +294,11 @@ func (m *Manager) surveySizes(ctx context.Context, s *survey) error {
 		}
 	}
 	m.lock()
-	m.measured, m.surveyed = now, len(s.entries)
-	m.unlock()
+	defer m.unlock()
+	m.surveyed = len(s.entries)
+	if ended := m.copies.began(); began != nil && ended != nil && *began == *ended {
+		m.measured, m.measuredAfter = now, *began
+	}
 	return nil
 }
 
