@@ -15,12 +15,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-)
 
-// The block of the page that is written anew.
-const (
-	begin = "<!-- counts: hack/counts writes this -->\n"
-	end   = "<!-- end of counts -->\n"
+	"github.com/lamina-build/lamina/hack/internal/page"
 )
 
 // event is a line of go test -json.
@@ -88,17 +84,7 @@ func table(rows []count) string {
 	return out.String()
 }
 
-// replace puts a text into the block of a page.
-func replace(page, text string) (string, error) {
-	before, rest, there := strings.Cut(page, begin)
-	_, after, ends := strings.Cut(rest, end)
-	if !there || !ends {
-		return "", errors.New("the page has no block of counts")
-	}
-	return before + begin + text + end + after, nil
-}
-
-func run(page, results string, in io.Reader) error {
+func run(file, results string, in io.Reader) error {
 	rows, err := read(in)
 	if err != nil {
 		return err
@@ -111,26 +97,18 @@ func run(page, results string, in io.Reader) error {
 		return err
 	}
 	text := table(append(rows, m))
-	if page == "" {
+	if file == "" {
 		_, err = os.Stdout.WriteString(text)
 		return err
 	}
-	old, err := os.ReadFile(page)
-	if err != nil {
-		return err
-	}
-	now, err := replace(string(old), text)
-	if err != nil {
-		return fmt.Errorf("%s: %w", page, err)
-	}
-	return os.WriteFile(page, []byte(now), 0o644)
+	return page.Write(file, "counts", text)
 }
 
 func main() {
-	page := flag.String("page", "", "write the table into this page; to the terminal if empty")
+	file := flag.String("page", "", "write the table into this page; to the terminal if empty")
 	results := flag.String("mutants", "hack/mutate.json", "the results of hack/mutate")
 	flag.Parse()
-	if err := run(*page, *results, os.Stdin); err != nil {
+	if err := run(*file, *results, os.Stdin); err != nil {
 		fmt.Fprintln(os.Stderr, "counts:", err)
 		os.Exit(1)
 	}

@@ -14,6 +14,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/lamina-build/lamina/hack/internal/page"
 )
 
 // module is this project's name in import paths.
@@ -116,15 +118,16 @@ func missed(w io.Writer, name string, ls lines) {
 
 func main() {
 	least := flag.Float64("least", 0, "fail if a room has less than this percentage")
+	file := flag.String("page", "", "write the sums into this page, too")
 	list := flag.Bool("missed", false, "list the lines that were not run")
 	flag.Parse()
-	if err := report(flag.Args(), *least, *list); err != nil {
+	if err := report(flag.Args(), *least, *list, *file); err != nil {
 		fmt.Fprintln(os.Stderr, "cover:", err)
 		os.Exit(1)
 	}
 }
 
-func report(profiles []string, least float64, list bool) (err error) {
+func report(profiles []string, least float64, list bool, file string) (err error) {
 	files := map[string]lines{}
 	for _, p := range profiles {
 		f, err := os.Open(p)
@@ -150,12 +153,17 @@ func report(profiles []string, least float64, list bool) (err error) {
 		}
 	}
 	run, all := sums(files)
+	table := "| room | lines run | of |  |\n|---|---|---|---|\n"
 	for _, room := range slices.Sorted(maps.Keys(all)) {
 		p := 100 * float64(run[room]) / float64(all[room])
 		fmt.Printf("%-12s %6d of %6d lines  %.1f %%\n", room, run[room], all[room], p)
+		table += fmt.Sprintf("| `%s` | %d | %d | %.1f %% |\n", room, run[room], all[room], p)
 		if p < least {
 			err = errors.Join(err, fmt.Errorf("%s: %.1f %%, less than %.0f %%", room, p, least))
 		}
+	}
+	if file != "" {
+		err = errors.Join(err, page.Write(file, "cover", table))
 	}
 	return err
 }
