@@ -361,7 +361,7 @@ func TestPowerCuts(t *testing.T) {
 					clear(r.all)
 				}
 			}
-			t.Logf("rig: %d cuts: %d records kept, %d lost, %d torn", cuts, r.kept, r.lost, r.torn)
+			t.Logf("rig: %d power cuts of %s: %d records kept, %d lost, %d torn", cuts, kind, r.kept, r.lost, r.torn)
 			require.Zero(t, r.torn, "records were served with other content")
 			require.Positive(t, r.kept)
 			require.Positive(t, r.lost)

@@ -242,7 +242,7 @@ func TestSoak(t *testing.T) {
 				require.Positive(t, s.done[d.name], "nobody came to %s", d.name)
 				deeds += s.done[d.name]
 			}
-			t.Logf("rig: seed %d, %d rounds, %d deeds", seed, len(rounds), deeds)
+			t.Logf("rig: on %s, seed %d: %d rounds, %d deeds", driver, seed, len(rounds), deeds)
 			t.Logf("%s; the first %d rounds at most %+v, at the end %+v", strings.TrimPrefix(fmt.Sprint(s.done), "map"), warm, first, last)
 			require.LessOrEqual(t, last.mounts, first.mounts, "mounts")
 			require.LessOrEqual(t, last.heap, 2*first.heap+1<<20, "memory")
