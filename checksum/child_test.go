@@ -69,6 +69,21 @@ func TestMergeReadsWhatItsLayersHold(t *testing.T) {
 	w.release(base, top, merge, child)
 }
 
+// A layer stands in a stack once, at its topmost place: so a merge may not begin
+// with the layers of its lowest input, nor with what is known of that.
+func TestMergeThatTurnsLayersRound(t *testing.T) {
+	w := newWorld(t, kinds[0])
+	base := w.commit(nil, func(dir string) { write(w, dir, "f", "of the base") })
+	child := w.commit(base, func(dir string) { write(w, dir, "f", "of the child") })
+	w.sum(base, "/")
+	w.sum(child, "/")
+	merged, err := w.Merge(w.ctx, []*cache.ImmutableRef{child, base}, cache.MergeOptions{})
+	require.NoError(t, err)
+	require.Equal(t, w.sum(base, "/f"), w.sum(merged, "/f"))
+	require.Equal(t, w.fresh(merged, "/"), w.sum(merged, "/"))
+	w.release(base, child, merged)
+}
+
 // Everything that a layer can do to the one below.
 func TestChildOfAllChanges(t *testing.T) {
 	forKinds(t, func(w *world) {
