@@ -257,8 +257,8 @@ func (h *layersHistory) random(from ltree, dir string) ltree {
 			t[p] = &c
 			apply(func() error { return unix.Chmod(filepath.Join(dir, p), c.mode) })
 		default:
-			new := h.node()
-			if gone[p] && new.kind == 'd' || was != nil && was.kind == 'd' && new.kind == 'd' {
+			made := h.node()
+			if gone[p] && made.kind == 'd' || was != nil && was.kind == 'd' && made.kind == 'd' {
 				continue // one that is made again hides more than the names that are gone
 			}
 			if was != nil {
@@ -266,11 +266,11 @@ func (h *layersHistory) random(from ltree, dir string) ltree {
 				apply(func() error { return os.RemoveAll(filepath.Join(dir, p)) })
 				t.remove(p)
 			}
-			apply(func() error { return new.make(dir, p) })
-			t[p] = new
-			if q := p + "-too"; new.kind == 'f' && n == 9 && t[q] == nil {
+			apply(func() error { return made.make(dir, p) })
+			t[p] = made
+			if q := p + "-too"; made.kind == 'f' && n == 9 && t[q] == nil {
 				apply(func() error { return os.Link(filepath.Join(dir, p), filepath.Join(dir, q)) })
-				t[q] = new
+				t[q] = made
 			}
 		}
 	}

@@ -3,7 +3,7 @@ package main
 import "slices"
 
 // mutants lists all.
-func mutants() []mutant { return slices.Concat(coreMutants(), hashMutants()) }
+func mutants() []mutant { return slices.Concat(coreMutants(), hashMutants(), layerMutants()) }
 
 // hashMutants are those of the content hashes, and of what stands on them.
 func hashMutants() []mutant {

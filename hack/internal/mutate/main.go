@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,8 +23,8 @@ type stage struct {
 	env  []string
 }
 
-// near are the tests that take a second or two and are about what a file of
-// package cache does, or another package, by the beginnings of their names.
+// near are the tests of a file, or of a package, that take a second or two and
+// are about what it does, by the beginnings of their names.
 var near = map[string]string{
 	"cache/commit.go":     "TestCommit|TestLife|TestHandles|TestMutableWithout",
 	"cache/get.go":        "TestAMutable|TestLife|TestLooking",
@@ -40,15 +41,28 @@ var near = map[string]string{
 
 	"contenthash": "TestFaults|TestChange(Behind|sBetween|WhileR)|TestIgnore|TestSaved|TestImport|TestDamage|TestPartly|TestOpaque|TestForm|TestRacy",
 	"checksum":    "TestKept|TestWriter|TestTwo|TestDamaged|TestTrees|TestSave|TestReopened",
+
+	"cache/extractlayer.go": "TestAWrongLayer|TestADamagedVariant|TestLayerHist",
+	"cache/extract.go":      "TestALie|TestExtract|TestLayerHist",
+	"cache/extractstack.go": "TestMerge|TestDirectoryRenamed|TestUsageCountsC|TestLayerHist",
+	"cache/layers.go":       "TestMerge|TestDiff|TestALayerCounts|TestLayerHist",
+	"cache/getbyblob.go":    "TestClaims|TestALayerIsFound|TestLayerOver|TestLayerHist",
+	"cache/remotes.go":      "TestALie|TestOneClaim|TestABlobThat|TestLayerHist",
+	"cache/blob.go":         "TestALie",
+	"cache/blobintent.go":   "TestABlobGoes|TestRemotesThat",
+	"cache/ingest.go":       "TestRemotesThat|TestExtract|TestLayersCrash",
+	"cache/sizer.go":        "TestUsage",
+	"snapshot/clean.go":     "TestClean|TestRaw|TestRenamed|TestDeleted|TestWritten",
+	"layer/behind.go":       "TestFullDisk",
 }
 
 // stagesOf are the tests that should catch a mutant of a package.
 func stagesOf(file string) (pkg string, stages []stage) {
+	if tests := cmp.Or(near[file], near[filepath.Dir(file)]); tests != "" {
+		stages = []stage{{"tests nearby", []string{"-test.failfast", "-test.run", "^(" + tests + ")"}, nil}}
+	}
 	switch dir := filepath.Dir(file); dir {
 	case "cache":
-		if tests := near[file]; tests != "" {
-			stages = []stage{{"tests nearby", []string{"-test.failfast", "-test.run", "^(" + tests + ")"}, nil}}
-		}
 		return "./cache", append(stages, []stage{
 			{"histories", []string{"-test.run", "^TestHistories$/^memory$"}, []string{"LAMINA_HISTORIES=150"}},
 			{"concurrent histories", []string{"-test.run", "^TestLinearizable$"}, nil},
@@ -65,9 +79,6 @@ func stagesOf(file string) (pkg string, stages []stage) {
 			{"kills", []string{"-test.failfast", "-test.run", "^TestKilled"}, nil},
 		}
 	default:
-		if tests := near[dir]; tests != "" {
-			stages = []stage{{"tests nearby", []string{"-test.failfast", "-test.run", "^(" + tests + ")"}, nil}}
-		}
 		return "./" + dir, append(stages, stage{"tests of the package", []string{"-test.failfast"}, nil})
 	}
 }
