@@ -39,12 +39,7 @@ func (r *MutableRef) CommitWith(ctx context.Context, o CommitOptions) (*Immutabl
 
 func (r *MutableRef) commit(ctx context.Context, o CommitOptions) (*ImmutableRef, error) {
 	m := r.h.m
-	end, err := m.beginChange()
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	e, done, err := r.h.use()
+	e, done, err := r.h.beginChange()
 	if err != nil {
 		return nil, err
 	}

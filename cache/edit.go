@@ -147,12 +147,7 @@ func (r *MutableRef) Edit(ctx context.Context, fn func(*Edit) error) error {
 
 func (h *handle) edit(ctx context.Context, fn func(*Edit) error) error {
 	m := h.m
-	end, err := m.beginChange()
-	if err != nil {
-		return err
-	}
-	defer end()
-	e, done, err := h.use()
+	e, done, err := h.beginChange()
 	if err != nil {
 		return err
 	}

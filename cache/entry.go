@@ -205,6 +205,25 @@ func (h *handle) use() (e *entry, done func(), err error) {
 	return h.e, func() { m.unuse(h.e) }, nil
 }
 
+// begin is Manager.begin and use in one, for the methods of handles.
+func (h *handle) begin() (e *entry, done func(), err error) { return h.useIn(h.m.begin) }
+
+// beginChange is begin for those that change the store.
+func (h *handle) beginChange() (e *entry, done func(), err error) { return h.useIn(h.m.beginChange) }
+
+func (h *handle) useIn(begin func() (end func(), err error)) (e *entry, done func(), err error) {
+	end, err := begin()
+	if err != nil {
+		return nil, nil, err
+	}
+	e, unuse, err := h.use()
+	if err != nil {
+		end()
+		return nil, nil, err
+	}
+	return e, func() { unuse(); end() }, nil
+}
+
 func (h *handle) aliveLocked() error {
 	if h.m.closed {
 		return errClosed

@@ -23,12 +23,7 @@ import (
 // has left. Errors: *MissingBlobsError before anything is done.
 func (r *ImmutableRef) Extract(ctx context.Context) error {
 	m := r.h.m
-	end, err := m.beginChange()
-	if err != nil {
-		return err
-	}
-	defer end()
-	e, done, err := r.h.use()
+	e, done, err := r.h.beginChange()
 	if err != nil {
 		return err
 	}
@@ -165,17 +160,20 @@ func (x *extraction) fresh(ctx context.Context, parent string, fill func(key str
 	return nil
 }
 
-// commit gives the snapshot its name. The call may fail after its work was
-// done.
+// commit gives the snapshot its name.
 func (x *extraction) commit(ctx context.Context, key string, opts []snapshots.Opt) error {
-	m, id := x.m, x.rec.ID
-	err := m.driver.Commit(ctx, string(id), key, opts...)
+	return x.landed(ctx, x.m.driver.Commit(ctx, string(x.rec.ID), key, opts...))
+}
+
+// landed turns the outcome of a call that makes the name into that of its
+// work: it may fail after the name was there.
+func (x *extraction) landed(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
 	}
-	there, serr := m.hasCommitted(context.WithoutCancel(ctx), id)
+	there, serr := x.m.hasCommitted(context.WithoutCancel(ctx), x.rec.ID)
 	if serr != nil {
-		m.setUnswapped(id, false)
+		x.m.setUnswapped(x.rec.ID, false)
 		return errors.Join(err, serr)
 	}
 	if there {

@@ -52,26 +52,12 @@ func (x *extraction) makeDiff(ctx context.Context) error {
 	})
 }
 
-// named makes a committed name at once. The call may fail after its work was
-// done.
+// named makes a committed name at once.
 func (x *extraction) named(ctx context.Context, make func(name string) error) error {
-	m, id := x.m, x.rec.ID
-	if err := m.step("extract commit"); err != nil {
+	if err := x.m.step("extract commit"); err != nil {
 		return err
 	}
-	err := make(string(id))
-	if err == nil {
-		return nil
-	}
-	there, serr := m.hasCommitted(context.WithoutCancel(ctx), id)
-	if serr != nil {
-		m.setUnswapped(id, false)
-		return errors.Join(err, serr)
-	}
-	if there {
-		return nil
-	}
-	return err
+	return x.landed(ctx, make(string(x.rec.ID)))
 }
 
 // stackable is the name of a record's layer that may lie over any other: the

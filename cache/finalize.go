@@ -16,12 +16,7 @@ import (
 // Mounts go on working.
 func (r *ImmutableRef) Finalize(ctx context.Context) error {
 	m := r.h.m
-	end, err := m.beginChange()
-	if err != nil {
-		return err
-	}
-	defer end()
-	e, done, err := r.h.use()
+	e, done, err := r.h.beginChange()
 	if err != nil {
 		return err
 	}

@@ -318,12 +318,7 @@ func (r *ImmutableRef) Detach(ctx context.Context) (*Hold, error) {
 
 func (h *handle) detach(_ context.Context, exclusive bool) (*Hold, error) {
 	m := h.m
-	end, err := m.begin()
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	e, done, err := h.use()
+	e, done, err := h.begin()
 	if err != nil {
 		return nil, err
 	}

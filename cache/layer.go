@@ -15,12 +15,7 @@ import (
 // NotImplemented where the driver copies, or cannot tell, and for lazy records.
 func (r *ImmutableRef) SnapshotLayers(ctx context.Context) (list []snapshot.Layer, err error) {
 	m := r.h.m
-	end, err := m.begin()
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	e, done, err := r.h.use()
+	e, done, err := r.h.begin()
 	if err != nil {
 		return nil, err
 	}

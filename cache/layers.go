@@ -175,12 +175,7 @@ func (m *Manager) layers(ctx context.Context, e *entry) ([]ID, error) {
 // layers of its inputs, each at its topmost place only. Release them all.
 func (r *ImmutableRef) LayerChain(ctx context.Context) (_ []*ImmutableRef, err error) {
 	m := r.h.m
-	end, err := m.begin()
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	e, done, err := r.h.use()
+	e, done, err := r.h.begin()
 	if err != nil {
 		return nil, err
 	}
@@ -208,12 +203,7 @@ func (r *ImmutableRef) LayerChain(ctx context.Context) (_ []*ImmutableRef, err e
 // known: GetRemotes computes them.
 func (r *ImmutableRef) ChainID(ctx context.Context) (chain digest.Digest, err error) {
 	m := r.h.m
-	end, err := m.begin()
-	if err != nil {
-		return "", err
-	}
-	defer end()
-	e, done, err := r.h.use()
+	e, done, err := r.h.begin()
 	if err != nil {
 		return "", err
 	}

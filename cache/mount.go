@@ -83,12 +83,7 @@ func (r *MutableRef) Mount(ctx context.Context, o MountOptions) (*Mount, error) 
 
 func (h *handle) mount(ctx context.Context, readOnly bool) (*Mount, error) {
 	m := h.m
-	end, err := m.begin()
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	e, done, err := h.use()
+	e, done, err := h.begin()
 	if err != nil {
 		return nil, err
 	}

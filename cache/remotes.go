@@ -77,16 +77,11 @@ func (r *Remote) Release(ctx context.Context) error {
 // InvalidArgument for a level that does not exist.
 func (r *ImmutableRef) GetRemotes(ctx context.Context, o RemotesOptions) (_ *Remote, err error) {
 	m := r.h.m
-	begin := m.begin
+	begin := r.h.begin
 	if o.Create {
-		begin = m.beginChange
+		begin = r.h.beginChange
 	}
-	end, err := begin()
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	e, done, err := r.h.use()
+	e, done, err := begin()
 	if err != nil {
 		return nil, err
 	}
