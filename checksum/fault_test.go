@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -18,12 +19,24 @@ import (
 // faults lets one durable step, or one call of the driver, fail.
 type faults struct {
 	*world
-	steps, at int
-	err       error
-	on        bool
+	at  int
+	err error
+
+	// What the background does takes steps, too.
+	mu    sync.Mutex
+	steps int
+	on    bool
+}
+
+func (f *faults) switchOn(on bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.on = on
 }
 
 func (f *faults) step(string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if !f.on {
 		return nil
 	}
@@ -47,7 +60,10 @@ func TestStoreFaults(t *testing.T) {
 		f.scenario()
 		w.restart()
 		require.Empty(t, w.findings())
-		if f.steps < at {
+		f.mu.Lock()
+		steps := f.steps
+		f.mu.Unlock()
+		if steps < at {
 			require.Greater(t, at, 8, "the steps of the scenario")
 			return
 		}
@@ -57,9 +73,9 @@ func TestStoreFaults(t *testing.T) {
 // try does something under the fault, and again if that met it.
 func (f *faults) try(what string, do func() error) {
 	f.Helper()
-	f.on = true
+	f.switchOn(true)
 	err := do()
-	f.on = false
+	f.switchOn(false)
 	if err == nil {
 		return
 	}
