@@ -54,29 +54,26 @@ func Check(ctx context.Context, m *cache.Manager) iter.Seq2[cache.Finding, error
 }
 
 func checkTree(ctx context.Context, m *cache.Manager, id cache.ID) (*cache.Finding, error) {
-	t, err := loadStored(ctx, m, id)
-	if err != nil {
+	var t *Tree
+	page := ""
+	err := m.ViewAttachments(ctx, id, func(a *cache.Attachments) (err error) {
+		if t, err = loadTree(id, a); err != nil || t != nil {
+			return err
+		}
+		// Without an index no page counts, but there should be none.
+		for page = range a.Names(cache.TreePrefix) {
+			break
+		}
+		return nil
+	})
+	if err != nil || page == "" && (t == nil || t.Damage == nil) {
 		return nil, err
-	}
-	if t != nil && t.Damage == nil {
-		return nil, nil
 	}
 	f := &cache.Finding{Code: FindingTreeDamaged, ID: id, Key: cache.TreeIndex}
 	var damaged *contenthash.DamagedError
 	switch {
 	case t == nil:
-		// Without an index no page counts, but there should be none.
-		var name string
-		err := m.ViewAttachments(ctx, id, func(a *cache.Attachments) error {
-			for name = range a.Names(cache.TreePrefix) {
-				break
-			}
-			return nil
-		})
-		if err != nil || name == "" {
-			return nil, err
-		}
-		f.Key, f.Message = name, "a page without an index"
+		f.Key, f.Message = page, "a page without an index"
 	case errors.As(t.Damage, &damaged):
 		f.Key, f.Message = cache.TreePrefix+damaged.Page, damaged.Err.Error()
 	default:

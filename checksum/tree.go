@@ -68,30 +68,34 @@ func (p pages) Page(name string) ([]byte, error) { return p.a.Get(cache.TreePref
 // loadStored gives the tree that is stored for a record, nil if there is none.
 // One that is damaged is a new one, with its Damage.
 func loadStored(ctx context.Context, m *cache.Manager, id cache.ID) (t *Tree, err error) {
-	var damage error
 	err = m.ViewAttachments(ctx, id, func(a *cache.Attachments) error {
-		index, err := a.Get(cache.TreeIndex)
-		if errors.Is(err, errdefs.ErrNotFound) {
-			return nil
-		}
-		if err == nil {
-			var tree *contenthash.Tree
-			tree, err = contenthash.Load(pages{a})
-			t = newTree(id, tree, index)
-		}
-		if errors.Is(err, errdefs.ErrDataLoss) {
-			damage, err = err, nil
-			t = newTree(id, contenthash.New(), nil)
-		}
+		t, err = loadTree(id, a)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	if damage != nil {
-		t.Damage = fmt.Errorf("record %s: %w", id, damage)
-	}
 	return t, nil
+}
+
+func loadTree(id cache.ID, a *cache.Attachments) (*Tree, error) {
+	index, err := a.Get(cache.TreeIndex)
+	if errors.Is(err, errdefs.ErrNotFound) {
+		return nil, nil
+	}
+	var tree *contenthash.Tree
+	if err == nil {
+		tree, err = contenthash.Load(pages{a})
+	}
+	if errors.Is(err, errdefs.ErrDataLoss) {
+		t := newTree(id, contenthash.New(), nil)
+		t.Damage = fmt.Errorf("record %s: %w", id, err)
+		return t, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return newTree(id, tree, index), nil
 }
 
 // errMoved says that somebody else has stored another tree meanwhile.
