@@ -99,7 +99,7 @@ func TestInterruptFromTerminal(t *testing.T) {
 		c := newConsole(t)
 		// Every interrupt counts that comes until a moment after the first.
 		s.Args[2] = `n=0; trap 'n=$((n+1))' INT; [ -t 1 ] && echo a terminal
-			sleep 1000 & echo ready; while [ $n = 0 ]; do wait; done
+			sleep 1000 & echo ready; while [ $n = 0 ]; do sleep 0.05; done
 			sleep 0.1; sleep 0.1; echo interrupted $n times; exit 3`
 		cmd := p.runner(t, s, enter)
 		c.start(cmd)
