@@ -28,6 +28,7 @@ type handle struct {
 	free atomic.Pointer[map[uint64]struct{}]
 
 	checked checkedPages
+	roots   knownRoots
 
 	mu sync.Mutex
 	// Guarded by mu.

@@ -53,7 +53,12 @@ func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
 	if h == nil {
 		t.checked = &checkedPages{}
 	} else {
-		t.checked = &h.checked
+		t.checked, t.known, t.txid = &h.checked, &h.roots, uint64(b.ID())
+		// A writing transaction goes by the pages of the one before it.
+		if b.Writable() {
+			t.txid--
+		}
+		t.roots = h.roots.of(t.txid)
 		// Nobody has committed if this is there after the begin.
 		if free := h.free.Load(); free != nil {
 			t.free = *free

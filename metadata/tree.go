@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"sort"
 	"sync/atomic"
 )
@@ -28,6 +29,9 @@ type tree struct {
 	// roots are the buckets that were found: this state has them where they
 	// are. A tree belongs to one goroutine.
 	roots []namedRoot
+	// known, if not nil, tells other trees of the state, which txid made.
+	known *knownRoots
+	txid  uint64
 	// stack is what the last look-up went by, to be used again.
 	stack []position
 	// passed, if set, hears of each page that a walk passes over.
@@ -136,6 +140,36 @@ type namedRoot struct {
 	bucketRoot
 }
 
+// knownRoots are where buckets of the newest state are that was read. One that
+// is inline is none of them: it lies in a memory map that may move.
+type knownRoots struct{ newest atomic.Pointer[stateRoots] }
+
+type stateRoots struct {
+	txid uint64
+	list []namedRoot
+}
+
+func (k *knownRoots) of(txid uint64) []namedRoot {
+	if have := k.newest.Load(); have != nil && have.txid == txid {
+		return slices.Clip(have.list)
+	}
+	return nil
+}
+
+// add may do nothing, if somebody else adds.
+func (k *knownRoots) add(txid uint64, r namedRoot) {
+	have := k.newest.Load()
+	next := &stateRoots{txid: txid, list: []namedRoot{r}}
+	switch {
+	case have == nil || have.txid < txid:
+	case have.txid > txid:
+		return
+	default:
+		next.list = append(slices.Clip(have.list), r)
+	}
+	k.newest.CompareAndSwap(have, next)
+}
+
 // bucket finds a bucket of the top level.
 func (t *tree) bucket(name string) (b bucketRoot, ok bool, err error) {
 	for i := range t.roots {
@@ -145,6 +179,9 @@ func (t *tree) bucket(name string) (b bucketRoot, ok bool, err error) {
 	}
 	if b, ok, err = t.findBucket(name); ok {
 		t.roots = append(t.roots, namedRoot{name, b})
+		if t.known != nil && b.inline == nil {
+			t.known.add(t.txid, namedRoot{name, b})
+		}
 	}
 	return b, ok, err
 }
