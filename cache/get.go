@@ -74,7 +74,7 @@ func (m *Manager) Search(ctx context.Context, key string) (ids []ID, err error) 
 	}
 	defer end()
 	err = m.store.View(ctx, func(tx *metadata.Tx) error {
-		ids = slices.Collect(tx.ByIndex(key))
+		ids = slices.Sorted(tx.ByIndex(key))
 		return nil
 	})
 	return ids, err

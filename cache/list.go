@@ -7,8 +7,8 @@ import (
 	"github.com/lamina-build/lamina/metadata"
 )
 
-// Records yields all records as they are at one moment, sorted by id. It takes
-// no handle and changes no counter; mutables that are in memory only are not
+// Records yields all records as they are at one moment, in the order of their
+// ids, where a reopened one has the place of its first id. It takes no handle and changes no counter; mutables that are in memory only are not
 // among them. A record that cannot be read comes as nil with a
 // *metadata.DamagedError, and the walk goes on; any other error ends it. The
 // loop's body must change nothing in the cache, which might wait for the walk.

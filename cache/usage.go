@@ -138,6 +138,7 @@ func (m *Manager) DiskUsage(ctx context.Context, keep func(*Record) bool) (*Usag
 			u.add(&e)
 		}
 	}
+	slices.SortFunc(u.Entries, func(a, b UsageEntry) int { return cmpString(string(a.Record.ID), string(b.Record.ID)) })
 	clear(s.entries[len(u.Entries):]) // so that what was left out is garbage
 	if keep == nil {
 		// Nobody asked for a part: what has no record yet counts, too.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"math/rand/v2"
+	"slices"
 
 	"github.com/containerd/errdefs"
 
@@ -133,6 +134,7 @@ func Stored(ctx context.Context, m *cache.Manager) (with, without []cache.ID, er
 			ids = append(ids, rec.ID)
 		}
 	}
+	slices.Sort(ids)
 	for _, id := range ids {
 		_, err := m.Attachment(ctx, id, cache.TreeIndex)
 		switch {

@@ -22,7 +22,8 @@ func newLs(a *app) *cobra.Command {
   lamina ls --filter 'state==mutable' --filter 'type~=^exec'
   lamina ls --index workspace: --prefix --json`,
 		Long: `List the records of the store, in the order of their ids, which for those made
-here is the order in which they were made. The store is opened read-only.
+here is the order in which they were made; a reopened one has the place of its
+first id. The store is opened read-only.
 
 --index KEY lists those that declare exactly this index key; with --prefix those
 with a key that begins with KEY.
