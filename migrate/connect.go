@@ -254,13 +254,17 @@ func (b *planner) leftovers(p *Plan) {
 			named[id] = id
 		}
 	}
-	// Below what stays for the old daemon everything stays.
+	// Below what stays for the old daemon everything stays, named or not.
+	byKey := make(map[string]*buildkit.Snapshot, len(rest))
+	for _, snap := range rest {
+		byKey[snap.Key] = snap
+	}
 	stays := map[string]bool{}
 	for _, snap := range rest {
 		if snap.Name == "" || named[snap.Name] == "" {
 			continue
 		}
-		for s := snap; s != nil && !stays[s.Key]; s = b.byKey[s.Parent] {
+		for s := snap; s != nil && !stays[s.Key]; s = byKey[s.Parent] {
 			stays[s.Key] = true
 		}
 	}

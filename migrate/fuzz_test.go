@@ -107,6 +107,8 @@ func FuzzLegacy(f *testing.F) {
 			t.Skip("bbolt refuses it")
 		}
 		before := checksums(t, dir)
+		planned, err := migrate.Run(t.Context(), dir, migrate.Options{DryRun: true})
+		require.NoError(t, err)
 		reports, err := migrate.Run(t.Context(), dir, migrate.Options{})
 		require.NoError(t, err)
 		require.Equal(t, before, checksums(t, dir))
@@ -116,6 +118,7 @@ func FuzzLegacy(f *testing.F) {
 			require.NoFileExists(t, filepath.Join(dir, cache.StoreFile))
 			return
 		}
+		require.Equal(t, planned[0].Plan.Steps, reports[0].Plan.Steps)
 		m, err := cache.Open(t.Context(), cache.Options{Root: dir, NoCreate: true, SyncInterval: -1})
 		require.NoError(t, err)
 		check(t, m)

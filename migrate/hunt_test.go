@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
@@ -239,5 +240,31 @@ func TestCancelled(t *testing.T) {
 		require.ErrorContains(t, reports[0].Err, "somebody pressed a key")
 		require.ErrorContains(t, reports[0].Err, "run it again")
 		require.NoFileExists(t, filepath.Join(b.Dir, cache.StoreFile))
+	}
+}
+
+// Of two names that lead to one snapshot the one that its key was made for has
+// it, each time the plan is made: else the way back would be open or shut by
+// luck.
+func TestTwoNamesOfOneSnapshot(t *testing.T) {
+	for range 10 {
+		b := small(t)
+		db, err := bolt.Open(filepath.Join(b.Dir, "containerdmeta.db"), 0o600, nil)
+		require.NoError(t, err)
+		require.NoError(t, db.Update(func(tx *bolt.Tx) error {
+			return putAt(tx, []string{"v1", "buildkit", "snapshots", "native", "*"}, "b", "name", []byte("buildkit/101/a"))
+		}))
+		require.NoError(t, db.Close())
+		report := run(t, b.Dir, migrate.Options{})
+		require.Contains(t, strings.Join(report.Plan.Warnings, "\n"), `snapshot "b" has no key of its own`)
+		comparePlan(t, report.Plan, want{"a": "finalized", "b": "its snapshot is gone", "i": "parent b", "x": "mutable", "merge": "parent b"})
+		require.Equal(t, 2, count(report.Plan, migrate.Leave), "what the old daemon may show, and what lies below it")
+		m := open(t, b.Dir)
+		compareStore(t, m, report.Plan)
+		check(t, m)
+		require.NoError(t, m.Close())
+		back, err := migrate.Rollback(t.Context(), b.Dir, migrate.Options{})
+		require.NoError(t, err)
+		require.NoError(t, back[0].Err)
 	}
 }

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/lamina-build/lamina/contenthash"
@@ -55,7 +57,9 @@ func ownerless(ctx context.Context, s *buildkit.State) (bool, error) {
 			rows = append(rows, r)
 		}
 	}
-	slices.SortFunc(rows, func(a, b *buildkit.Row) int { return b.Created.Compare(a.Created) })
+	slices.SortFunc(rows, func(a, b *buildkit.Row) int {
+		return cmp.Or(b.Created.Compare(a.Created), strings.Compare(a.ID, b.ID))
+	})
 	for _, r := range rows {
 		if r.Index("cache.layerIdentity") != "" || verifiedName(r.Snapshot) {
 			return false, nil // v0.34

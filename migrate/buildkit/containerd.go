@@ -240,13 +240,16 @@ func (s *State) readBlob(name string, b metadata.ForeignBucket) error {
 // does not know is no snapshot.
 func (s *State) readDriver(db *database, root metadata.ForeignBucket) error {
 	byKey := map[string]*Snapshot{}
-	for name, snap := range s.Snapshots {
-		if snap.Key == "" || byKey[snap.Key] != nil {
-			s.warn("%s: snapshot %q has no key of its own; it is lost", names, printable(name))
-			delete(s.Snapshots, name)
-			continue
+	for _, snap := range s.Ordered() {
+		if other := byKey[snap.Key]; snap.Key != "" && (other == nil || snap.madeKey()) {
+			byKey[snap.Key] = snap
 		}
-		byKey[snap.Key] = snap
+	}
+	for _, snap := range s.Ordered() {
+		if byKey[snap.Key] != snap {
+			s.warn("%s: snapshot %q has no key of its own; it is lost", names, printable(snap.Name))
+			delete(s.Snapshots, snap.Name)
+		}
 	}
 	v1, err := onlyV1(root)
 	if err != nil {
@@ -277,6 +280,14 @@ func (s *State) readDriver(db *database, root metadata.ForeignBucket) error {
 		}
 	}
 	return nil
+}
+
+// madeKey says whether the snapshotter's key was made for this name, as
+// containerd does: NAMESPACE/NUMBER/NAME. Of two names with one key it is the
+// owner.
+func (snap *Snapshot) madeKey() bool {
+	parts := strings.SplitN(snap.Key, "/", 3)
+	return len(parts) == 3 && parts[2] == snap.Name
 }
 
 // read takes what the snapshotter's row says.

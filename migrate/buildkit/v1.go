@@ -2,6 +2,8 @@ package buildkit
 
 import (
 	"encoding/json"
+	"maps"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
@@ -33,7 +35,8 @@ func (s *State) upgradeV1() {
 			r.Parent = parent.Name
 		}
 	}
-	for _, r := range s.Rows {
+	for _, id := range slices.Sorted(maps.Keys(s.Rows)) { // one may lend what it was lent
+		r := s.Rows[id]
 		if m := s.Rows[r.EqualMutable]; m != nil && r.Parent == "" {
 			r.Parent = m.Parent
 		}
