@@ -8,9 +8,11 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 
 	"github.com/lamina-build/lamina/cache"
+	"github.com/lamina-build/lamina/layer"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 	"github.com/lamina-build/lamina/snapshot/snapshottest"
@@ -323,6 +325,28 @@ func TestSettleUnsyncedRecordsAreDroppedWithTheirDescendants(t *testing.T) {
 		w.gone(child.ID())
 		require.Equal(w, "a=1", w.treeOf(durable.ID()))
 		require.Len(w, w.names(), 1)
+	})
+}
+
+// What is dropped takes its blobs along, but for those that others have, too.
+func TestSettleDroppedRecordsTakeTheirBlobs(t *testing.T) {
+	forKinds(t, func(w *world) {
+		own := pack(w, layer.Gzip, layerTar(w, file{name: "a", text: "1"}))
+		common := pack(w, layer.Gzip, layerTar(w, file{name: "b", text: "2"}))
+		r := newRegistry(own, common)
+		elsewhere := w.byBlob(common, nil, r)
+		base := w.layer(nil, "c", "3")
+		first := w.byBlob(own, base, r)
+		second := w.byBlob(common, first, r)
+		require.NoError(w, errors.Join(elsewhere.Extract(w.ctx), second.Extract(w.ctx)))
+		require.Len(w, w.stored(), 2)
+		w.crashInto(false)
+		w.gone(base.ID())
+		w.gone(first.ID())
+		w.gone(second.ID())
+		require.Equal(w, []digest.Digest{common.desc.Digest}, w.stored())
+		require.Equal(w, "b=2", w.treeOf(elsewhere.ID()))
+		require.NoFileExists(w, filepath.Join(w.root, "blobs", own.desc.Digest.String()))
 	})
 }
 

@@ -94,12 +94,14 @@ func (s *settling) dropAll(ctx context.Context, ids []metadata.ID) error {
 	m := s.m
 	trash := map[metadata.ID][]snapshot.Pending{}
 	kept := map[metadata.ID]error{}
+	var going []*Record
 	for _, id := range ids {
-		keys, err := m.keysOf(ctx, id)
+		rec, err := m.readToDrop(ctx, id)
 		if err != nil {
 			return err
 		}
-		for _, key := range keys {
+		going = append(going, rec)
+		for _, key := range driverKeys(rec) {
 			p, err := m.detachKey(ctx, key)
 			switch {
 			case is(err, errdefs.ErrNotFound):
@@ -113,6 +115,8 @@ func (s *settling) dropAll(ctx context.Context, ids []metadata.ID) error {
 			}
 		}
 	}
+	// settleBlobs looks later whether other records name them.
+	m.blobs.intentsFor(going)
 	var refused map[metadata.ID]error
 	err := m.store.Update(ctx, func(tx *metadata.Tx) error {
 		refused = maps.Clone(kept)
@@ -153,16 +157,14 @@ func (s *settling) dropAll(ctx context.Context, ids []metadata.ID) error {
 	return nil
 }
 
-// keysOf are the names that the snapshot of id may have in the driver.
-func (m *Manager) keysOf(ctx context.Context, id metadata.ID) ([]string, error) {
+// readToDrop reads a record; of one that is damaged it guesses the names in the
+// driver.
+func (m *Manager) readToDrop(ctx context.Context, id metadata.ID) (*Record, error) {
 	rec, err := m.read(ctx, id)
 	if is(err, errdefs.ErrDataLoss) {
-		rec, err = &metadata.Record{ID: id, Key: activeKey(id)}, nil
+		return &metadata.Record{ID: id, Key: activeKey(id)}, nil
 	}
-	if err != nil {
-		return nil, err
-	}
-	return driverKeys(rec), nil
+	return rec, err
 }
 
 // dropUnrecorded removes names that no record names: active ones always, in
