@@ -15,10 +15,11 @@ func TestLayerHistories(t *testing.T) {
 	userKind := kind{"overlay-user", func(root string) (snapshot.Driver, error) {
 		return snapshot.Open(context.Background(), root, snapshot.Options{Driver: snapshot.Overlay, Attributes: snapshot.User})
 	}}
-	o := cachetest.Options{Histories: 4, Length: 60}
+	few := 4
 	if underRace {
-		o.Histories = 2
+		few = 2
 	}
+	o := cachetest.Options{Histories: histories(t, 50*few) / 50, Length: 60}
 	if os.Getenv("LAMINA_TEST_FULL") != "" {
 		o.Histories, o.Seed = 1000, seed(t)
 	}

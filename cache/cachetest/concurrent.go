@@ -39,12 +39,11 @@ func RunConcurrent(t *testing.T, open Opener, o Options) {
 	if o.Histories == 0 {
 		o.Histories = 1000
 	}
-	r := &runner{t: t, open: open, Options: o}
-	r.defaults()
+	r := newRunner(t, o, game{})
 	var void, operations int
 	for n := range r.Histories {
 		seed := r.Seed + uint64(n)
-		events := r.concurrently(seed)
+		events := r.concurrently(open, seed)
 		operations += len(events)
 		switch result, info := porcupine.CheckOperationsVerbose(linear(), events, 10*time.Second); result {
 		case porcupine.Unknown:
@@ -137,12 +136,12 @@ func (c *crowd) note(client int, call int64, in ask, out answer) {
 }
 
 // concurrently plays one history.
-func (r *runner) concurrently(seed uint64) []porcupine.Operation {
+func (r *runner) concurrently(open Opener, seed uint64) []porcupine.Operation {
 	dir, err := os.MkdirTemp(r.Dir, "history-")
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	h := newHistory(r.open, filepath.Join(dir, "store"))
+	h := newHistory(open, filepath.Join(dir, "store"))
 	if err := os.MkdirAll(h.root, 0o700); err != nil {
 		r.t.Fatal(err)
 	}

@@ -74,6 +74,13 @@ func (f *faults) disarm() bool {
 	return f.hit
 }
 
+// met says how many events there were since arm.
+func (f *faults) met() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.events
+}
+
 // live makes the process of those who open the store again.
 func (f *faults) live(alive bool) {
 	f.mu.Lock()

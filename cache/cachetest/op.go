@@ -18,7 +18,7 @@ type Op struct {
 	At byte
 }
 
-// String writes an Op as ParseOps reads it.
+// String writes an Op as parseOps reads it.
 func (o Op) String() string {
 	s := fmt.Sprintf("%s:%d:%d:%d", o.Name, o.A, o.B, o.C)
 	if o.Fault != none {
@@ -35,7 +35,31 @@ func formatOps(ops []Op) string {
 	return strings.Join(out, " ")
 }
 
-func parseOps(text string) (ops []Op, err error) {
+// operation is one thing that a history of kind H can do. do picks what it is
+// about by the numbers of the Op, calls the model and the cache, and compares;
+// where there is nothing to pick it does nothing.
+type operation[H any] struct {
+	name   string
+	weight int
+	do     func(h H, op Op)
+}
+
+// namesOf lists the names of operations, each as often as its weight says.
+func namesOf[H any](all []operation[H]) (bag []string) {
+	for _, o := range all {
+		bag = append(bag, slices.Repeat([]string{o.name}, o.weight)...)
+	}
+	return bag
+}
+
+// perform does one operation of all.
+func perform[H any](h H, all []operation[H], op Op) {
+	i := slices.IndexFunc(all, func(o operation[H]) bool { return o.name == op.Name })
+	all[i].do(h, op)
+}
+
+// parseOps reads a history of operations that have these names.
+func parseOps(text string, names []string) (ops []Op, err error) {
 	for _, word := range strings.Fields(text) {
 		part := strings.Split(word, ":")
 		o := Op{Name: part[0]}
@@ -49,34 +73,23 @@ func parseOps(text string) (ops []Op, err error) {
 			err = fmt.Errorf("it has %d parts", len(part))
 		}
 		at := slices.Index(faultNames, wrong)
-		if at < 0 || operationNamed(o.Name) == nil {
+		if err == nil && (at < 0 || !slices.Contains(names, o.Name)) {
 			err = fmt.Errorf("no such operation or fault")
 		}
 		if err != nil {
 			return nil, fmt.Errorf("operation %q: %w", word, err)
 		}
-		o.Fault = []fault{none, fail, lost, cancelled, crashSameBoot, crashOtherBoot}[at]
+		o.Fault = fault(at)
 		ops = append(ops, o)
 	}
 	return ops, nil
 }
 
-func operationNamed(name string) *operation {
-	all := operations()
-	i := slices.IndexFunc(all, func(o operation) bool { return o.name == name })
-	if i < 0 {
-		return nil
-	}
-	return &all[i]
-}
-
-// generate makes the history of a seed.
-func generate(seed uint64, length int) []Op {
+// generate makes the history of a seed, of operations from a bag of names. What
+// goes wrong does so at one of the first events of its operation, whose number
+// is below reach.
+func generate(seed uint64, length int, bag []string, reach int) []Op {
 	rng := rand.New(rand.NewPCG(seed, 0))
-	var bag []string
-	for _, o := range operations() {
-		bag = append(bag, slices.Repeat([]string{o.name}, o.weight)...)
-	}
 	ops := make([]Op, length)
 	for i := range ops {
 		n := rng.Uint64()
@@ -84,7 +97,7 @@ func generate(seed uint64, length int) []Op {
 		if n>>24%6 == 0 {
 			ops[i].Fault = []fault{fail, lost, cancelled, crashSameBoot, crashOtherBoot}[rng.IntN(5)]
 			// Most operations have few events.
-			ops[i].At = byte(min(rng.IntN(8), rng.IntN(8)))
+			ops[i].At = byte(min(rng.IntN(reach), rng.IntN(reach)))
 		}
 	}
 	return ops

@@ -2,30 +2,17 @@ package cachetest
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 
-	"github.com/containerd/errdefs"
-
 	"github.com/lamina-build/lamina/cache"
-	"github.com/lamina-build/lamina/cache/policy"
 )
 
-// operation is one thing that a history can do. do picks what it is about by
-// the numbers of the Op, calls the model and the cache, and compares; where
-// there is nothing to pick it does nothing. A new operation is a line here, and
-// a method of the model.
-type operation struct {
-	name   string
-	weight int
-	do     func(h *history, op Op)
-}
-
-func operations() []operation {
-	return []operation{
+// operations are what the histories of Run are made of. A new one is a line
+// here, and a method of the model.
+func operations() []operation[*history] {
+	return []operation[*history]{
 		{"New", 14, doNew},
 		{"Write", 14, doWrite},
 		{"Commit", 14, doCommit},
@@ -52,6 +39,19 @@ func operations() []operation {
 		{"Check", 1, doCheck},
 	}
 }
+
+// play implements player.
+func (h *history) play(ops []Op) (why string) {
+	return h.guarded(func() {
+		for _, op := range ops {
+			perform(h, operations(), op)
+		}
+		h.finish()
+	})
+}
+
+// told implements player.
+func (h *history) told() *history { return h }
 
 // attachmentNames are those that histories use; the second describes one
 // content.
@@ -299,322 +299,4 @@ func editOf(kind, n byte) (change func(*record), edit func(*cache.Edit) error, w
 			}
 		},
 		func(e *cache.Edit) error { e.SetRetain(true); return nil }, "retain"
-}
-
-func doSearch(h *history, op Op) {
-	prefix := []string{"", "i", "i1", "i2"}[op.A%4]
-	want := h.model.search(prefix)
-	h.note("Search(%q) = %v", prefix, want)
-	op.Fault = op.Fault.harmless()
-	var got []string
-	h.call(op, func(*model) outcome { return ok }, func(ctx context.Context) error {
-		found, err := h.m.SearchPrefix(ctx, prefix)
-		got = nil
-		for _, f := range found {
-			got = append(got, f.Key+" "+h.names[f.ID])
-		}
-		return err
-	})
-	slices.Sort(got)
-	if !slices.Equal(got, want) {
-		h.fail("the search found %v and should have found %v", got, want)
-	}
-}
-
-func doRead(h *history, op Op) {
-	x, there := pick(h.readers, op.A)
-	if !there {
-		return
-	}
-	want := h.model.records[x.name].files
-	h.note("Read(%s) = %v", x.name, want)
-	op.Fault = op.Fault.harmless()
-	var mnt *cache.Mount
-	if h.call(op, func(*model) outcome { return ok }, func(ctx context.Context) (err error) {
-		mnt, err = x.imm.Mount(ctx)
-		return err
-	}) {
-		got := h.read(mnt)
-		h.must(mnt.Unmount(), "unmount")
-		if !maps.Equal(got, want) {
-			h.fail("%s has the files %v and should have %v", x.name, got, want)
-		}
-	}
-}
-
-// doMount leaves a mount behind: a writer's for writing, a reader's for
-// reading.
-func doMount(h *history, op Op) {
-	list := h.readers
-	if op.B%2 == 0 {
-		list = h.writers
-	}
-	x, there := pick(list, op.A)
-	if !there {
-		return
-	}
-	h.note("Mount(%s, writing %t)", x.name, x.mut != nil)
-	op.Fault = op.Fault.harmless()
-	t := &mounted{name: x.name, writing: x.mut != nil}
-	if h.call(op, func(m *model) outcome {
-		r := m.records[x.name]
-		r.mounts++
-		if t.writing {
-			r.writing++
-		}
-		return ok
-	}, func(ctx context.Context) (err error) {
-		if x.mut != nil {
-			t.mnt, err = x.mut.Mount(ctx, cache.MountOptions{})
-		} else {
-			t.mnt, err = x.imm.Mount(ctx)
-		}
-		return err
-	}) {
-		h.mounts = append(h.mounts, t)
-	}
-}
-
-func doUnmount(h *history, op Op) {
-	t, there := pick(h.mounts, op.A)
-	if !there {
-		return
-	}
-	h.note("Unmount(%s, writing %t)", t.name, t.writing)
-	h.must(errors.Join(t.mnt.Unmount(), t.mnt.Unmount()), "unmount")
-	h.mounts = slices.DeleteFunc(h.mounts, func(y *mounted) bool { return t == y })
-	r := h.model.records[t.name]
-	r.mounts--
-	if t.writing {
-		r.writing--
-	}
-}
-
-func doRemove(h *history, op Op) {
-	var names []string
-	for _, n := range []byte{op.A, op.B, op.C}[:1+op.C%3] {
-		if name, there := h.anyName(n); there && !slices.Contains(names, name) {
-			names = append(names, name)
-		}
-	}
-	if len(names) == 0 {
-		return
-	}
-	want := h.model.clone().remove(names...)
-	h.note("Remove(%s) = %v", strings.Join(names, ", "), want)
-	got := map[string]outcome{}
-	h.call(op, func(m *model) outcome { m.remove(names...); return ok }, func(ctx context.Context) (err error) {
-		return h.remove(ctx, names, got)
-	})
-	if !op.Fault.crash() && !maps.Equal(got, want) {
-		h.fail("the removal ended with %v, and should have with %v", got, want)
-	}
-}
-
-// remove removes, and notes for each name how that ended. Names that went in an
-// earlier attempt stay so.
-func (h *history) remove(ctx context.Context, names []string, got map[string]outcome) error {
-	var ids []cache.ID
-	for _, name := range names {
-		ids = append(ids, h.id(name))
-	}
-	out, err := h.m.Remove(ctx, ids...)
-	for i, r := range out {
-		if got[names[i]] != ok {
-			got[names[i]] = outcomeOf(r.Err)
-		}
-		if errors.Is(r.Err, errInjected) || errors.Is(r.Err, context.Canceled) {
-			err = errors.Join(err, r.Err)
-		}
-	}
-	return err
-}
-
-func prunePolicy(op Op) (kind string, p policy.Policy) {
-	kind = []string{"", cache.TypeRegular, "source"}[op.A%3]
-	p.All = true
-	if kind != "" {
-		p.Types = []string{kind}
-	}
-	return kind, p
-}
-
-func doPlan(h *history, op Op) {
-	kind, p := prunePolicy(op)
-	want := h.model.clone().prune(kind)
-	h.note("Plan(%q) = %v", kind, want)
-	op.Fault = op.Fault.harmless()
-	var got []string
-	h.call(op, func(*model) outcome { return ok }, func(ctx context.Context) error {
-		plan, err := h.m.Plan(ctx, p)
-		got = nil
-		if err == nil {
-			for _, v := range plan.Victims() {
-				got = append(got, h.names[cache.ID(v.Record.ID)])
-			}
-			err = h.m.Verify(ctx, plan)
-		}
-		return err
-	})
-	slices.Sort(got)
-	if !slices.Equal(got, want) {
-		h.fail("the plan removes %v, and should remove %v", got, want)
-	}
-}
-
-func doPrune(h *history, op Op) {
-	kind, p := prunePolicy(op)
-	var want []string
-	h.note("Prune(%q) = %v", kind, h.model.clone().prune(kind))
-	h.call(op, func(m *model) outcome { want = m.prune(kind); return ok }, func(ctx context.Context) error {
-		out, err := h.m.Prune(ctx, p)
-		for _, r := range out.Failed {
-			err = errors.Join(err, r.Err)
-		}
-		return err
-	})
-	for _, name := range want {
-		if op.Fault.crash() {
-			break
-		}
-		if _, err := h.m.Lookup(context.Background(), h.id(name)); !errdefs.IsNotFound(err) {
-			h.fail("%s was pruned and is still there: %v", name, err)
-		}
-	}
-}
-
-// doUsage compares who is in use, and counts by state.
-func doUsage(h *history, op Op) {
-	u, err := h.m.DiskUsage(context.Background(), nil)
-	h.must(err, "usage")
-	used := map[string]bool{}
-	for _, name := range h.model.names() {
-		if h.model.pinned(name) {
-			for n := name; n != ""; n = h.model.records[n].parent {
-				used[n] = true
-			}
-		}
-	}
-	records := 0
-	for _, name := range h.model.names() {
-		if h.model.stored(name) != nil {
-			records++
-		}
-	}
-	if int(u.Records) != records || len(u.Entries) != records {
-		h.fail("the usage has %d records and should have %d", u.Records, records)
-	}
-	for _, e := range u.Entries {
-		name := h.names[e.Record.ID]
-		children := slices.DeleteFunc(h.model.children(name), func(c string) bool { return h.model.stored(c) == nil })
-		if e.InUse != used[name] || e.Children != len(children) {
-			h.fail("%s is in use: %t, should be %t; has %d children, should have %d", name, e.InUse, used[name], e.Children, len(children))
-		}
-	}
-	h.note("Usage of %d", records)
-}
-
-func doSync(h *history, op Op) {
-	h.note("Sync")
-	if op.Fault == fail || op.Fault == lost {
-		op.Fault = none // the store would refuse all changes from then on
-	}
-	h.call(op, func(m *model) outcome { m.sync(); return ok }, func(ctx context.Context) error {
-		_, err := h.m.Sync(ctx)
-		return err
-	})
-}
-
-// doDetach makes another process of a handle, unless a mount would have to
-// outlive the manager.
-func doDetach(h *history, op Op) {
-	list := h.readers
-	if op.B%2 == 0 {
-		list = h.writers
-	}
-	x, there := pick(list, op.A)
-	if !there || h.model.records[x.name].mounts > 0 {
-		return
-	}
-	h.note("Detach(%s, writer %t)", x.name, x.mut != nil)
-	op.Fault = op.Fault.harmless()
-	var hold *cache.Hold
-	if h.call(op, func(m *model) outcome { return m.detach(x.name, x.mut != nil, x.touch) }, func(ctx context.Context) (err error) {
-		if x.mut != nil {
-			hold, err = x.mut.Detach(ctx)
-		} else {
-			hold, err = x.imm.Detach(ctx)
-		}
-		return err
-	}) {
-		h.end(x)
-		h.holds = append(h.holds, &held{x.name, hold})
-	}
-}
-
-func doAttach(h *history, op Op) {
-	x, there := pick(h.holds, op.A)
-	if !there || !x.hold.Exclusive() {
-		return
-	}
-	h.note("Attach(%s)", x.name)
-	op.Fault = op.Fault.harmless()
-	var mut *cache.MutableRef
-	if h.call(op, func(m *model) outcome { return m.attach(x.name) }, func(ctx context.Context) (err error) {
-		mut, err = h.m.Attach(ctx, x.hold)
-		return err
-	}) {
-		h.start(&handle{name: x.name, mut: mut, touch: true})
-	}
-}
-
-func doUnhold(h *history, op Op) {
-	x, there := pick(h.holds, op.A)
-	if !there {
-		return
-	}
-	h.note("Unhold(%s, writer %t)", x.name, x.hold.Exclusive())
-	h.must(errors.Join(x.hold.Release(), x.hold.Release()), "release a hold")
-	h.holds = slices.DeleteFunc(h.holds, func(y *held) bool { return x == y })
-	r := h.model.records[x.name]
-	switch {
-	case r == nil:
-		h.fail("%s was held by a process and is gone", x.name)
-	case x.hold.Exclusive():
-		r.exclusive--
-	default:
-		r.shared--
-	}
-}
-
-// doEnded uses a handle that was given back: releasing it once more takes
-// nothing from others, and anything else is refused.
-func doEnded(h *history, op Op) {
-	x, there := pick(h.ended, op.A)
-	if !there {
-		return
-	}
-	ctx := context.Background()
-	h.note("Ended(%s)", x.name)
-	h.must(x.release(ctx), "release again")
-	var err error
-	if x.mut != nil {
-		_, err = x.mut.Commit(ctx)
-	} else {
-		_, err = x.imm.Clone()
-	}
-	h.expect(refused, err)
-}
-
-func doRestart(h *history, op Op) {
-	h.note("Restart(same boot %t)", op.A%4 != 0)
-	h.restart(op, op.A%4 != 0)
-}
-
-func doCheck(h *history, _ Op) {
-	h.note("Check")
-	if !h.faulted {
-		h.check()
-	}
-	h.compare()
 }
