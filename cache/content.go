@@ -37,6 +37,8 @@ type blobStore struct {
 	// label is the label that says that this cache uses a blob of a store
 	// that was handed in. It is also the beginning of our ingests' names.
 	label string
+	// seam lets tests stand between the cache and a store of our own.
+	seam func(content.Store) content.Store
 
 	// openMu is a leaf, held across the making of our own store, once.
 	openMu sync.Mutex
@@ -68,7 +70,7 @@ const contentDir = "content"
 
 func newBlobStore(m *Manager, o *Options) *blobStore {
 	b := &blobStore{
-		m: m, store: o.Content, collected: o.ContentGC,
+		m: m, store: o.Content, collected: o.ContentGC, seam: o.contentSeam,
 		uses:      map[digest.Digest]*blobUse{},
 		providers: map[digest.Digest]content.Provider{},
 	}
@@ -113,8 +115,10 @@ func (b *blobStore) open() (content.Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the content store: %w", classify(err))
 	}
-	b.store = s
-	return s, nil
+	if b.store = s; b.seam != nil {
+		b.store = b.seam(s)
+	}
+	return b.store, nil
 }
 
 // given is the store that was handed in, or nil.
@@ -159,6 +163,13 @@ func (b *blobStore) reader(ctx context.Context, desc ocispec.Descriptor) (conten
 		return nil, fmt.Errorf("digest %q: %w: %w", clip(string(desc.Digest)), err, errdefs.ErrInvalidArgument)
 	}
 	if s := b.given(); s != nil {
+		return s.ReaderAt(ctx, desc)
+	}
+	if b.seam != nil {
+		s, err := b.open()
+		if err != nil {
+			return nil, err
+		}
 		return s.ReaderAt(ctx, desc)
 	}
 	return local.OpenReader(b.path(desc.Digest))

@@ -1,4 +1,13 @@
 package cache
 
+import "github.com/containerd/containerd/v2/core/content"
+
 // HoldPath is where the hold of a record lies.
 var HoldPath = holdPath
+
+// WithContentSeam has all calls of the cache's own content store go through what
+// seam makes of it.
+func (o Options) WithContentSeam(seam func(content.Store) content.Store) Options {
+	o.contentSeam = seam
+	return o
+}

@@ -1,6 +1,7 @@
 package cache_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,7 @@ type restStory struct {
 	blobs     []blob
 	provider  content.Provider
 	remote    *cache.Remote
+	kept      *cache.BlobWriter
 	cacheDir  cache.ID
 	diskUsage *cache.Usage
 }
@@ -156,6 +158,35 @@ var restCalls = []restCall{
 	remotesCall("mine", 1),
 	remotesCall("merge", 3),
 	remotesCall("diff", 1),
+	{"Keep a blob", func(ctx context.Context, s *restStory) (err error) {
+		if s.kept == nil {
+			if s.kept, err = s.m.BlobWriter(ctx); err != nil {
+				return err
+			}
+		}
+		if err := s.kept.Put(ctx, s.blobs[2].desc, bytes.NewReader(s.blobs[2].data)); err != nil {
+			return err
+		}
+		if s.imms["kept"] != nil {
+			return nil
+		}
+		imm, err := s.m.GetByBlob(ctx, s.blobs[2].desc, nil, cache.BlobOptions{})
+		return s.immutable("kept", imm, err)
+	}},
+	{"Release the writer", func(_ context.Context, s *restStory) error { return s.kept.Release() }},
+	shows("kept", "c=3 "),
+	{"Read all data", func(ctx context.Context, s *restStory) error {
+		sample, err := s.m.SampleData(ctx, 100)
+		if err != nil {
+			return err
+		}
+		var found []cache.Finding
+		report, err := sample.Read(ctx, func(f cache.Finding) { found = append(found, f) })
+		if err == nil && (report.Read < 3 || len(found) > 0) {
+			err = fmt.Errorf("%d blobs were read: %+v", report.Read, found)
+		}
+		return err
+	}},
 	{"cache directory", func(ctx context.Context, s *restStory) error {
 		if s.cacheDir == "" {
 			mut, err := s.m.New(ctx, nil, cache.DirectoryOptions("tool"))
@@ -194,6 +225,7 @@ var restCalls = []restCall{
 	{"Prune the directory", pruneCall(policy.Policy{All: true, Types: []string{cache.TypeCacheMount}})},
 	plain(releaseCall("base")), plain(releaseCall("top")), plain(releaseCall("mine")), plain(releaseCall("merge")),
 	plain(releaseCall("layers between")), plain(releaseCall("diff")),
+	plain(releaseCall("kept")),
 	{"Prune", pruneCall(policy.Policy{All: true})},
 }
 
@@ -239,6 +271,8 @@ func (r *siteRun) run(at int, what wrong) (hit string) {
 	if r.shared {
 		given = sharedContent(r, filepath.Join(dir, "content"))
 		o.Content = sitesStore{given, s}
+	} else {
+		o = o.WithContentSeam(func(own content.Store) content.Store { return sitesStore{own, s} })
 	}
 	m, err := cache.Open(ctx, o)
 	require.NoError(r, err)
@@ -364,6 +398,7 @@ func TestEverySiteGoesWrong(t *testing.T) {
 			r.blobs = []blob{
 				pack(t, layer.Gzip, layerTar(t, file{name: "a", text: "1"})),
 				pack(t, layer.Zstd, layerTar(t, file{name: "b", text: "2"})),
+				pack(t, layer.Gzip, layerTar(t, file{name: "c", text: "3"})),
 			}
 			r.fresh = filepath.Join(r.dir, "fresh")
 			require.NoError(t, os.Mkdir(r.fresh, 0o700))

@@ -119,6 +119,8 @@ type Options struct {
 	// error from it fails that step: the seam of tests that crash or starve
 	// the cache at every point.
 	Step func(name string) error
+	// contentSeam is another one: what stands for the content store of our own.
+	contentSeam func(content.Store) content.Store
 }
 
 func (o *Options) setDefaults() {
