@@ -106,8 +106,20 @@ func run(file, results string, in io.Reader) error {
 
 func main() {
 	file := flag.String("page", "", "write the table into this page; to the terminal if empty")
+	list := flag.Bool("rigs", false, "list the rigs that there are, and no more")
 	results := flag.String("mutants", "hack/mutate.json", "the results of hack/mutate")
 	flag.Parse()
+	if *list {
+		rigs, err := findRigs(".")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "counts:", err)
+			os.Exit(1)
+		}
+		for _, r := range rigs {
+			fmt.Println("./"+r.dir, r.test)
+		}
+		return
+	}
 	if err := run(*file, *results, os.Stdin); err != nil {
 		fmt.Fprintln(os.Stderr, "counts:", err)
 		os.Exit(1)

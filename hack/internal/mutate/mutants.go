@@ -103,6 +103,7 @@ func coreMutants() []mutant {
 		{"cache/settledrop.go", "			if errors.Is(err, errdefs.ErrNotFound) && !s.named(tx, key) {", "			if false && !s.named(tx, key) {", "what nobody committed stays"},
 		{"cache/settledrop.go", "	if err == nil && rec.State == metadata.Committed && string(rec.ID) == key {", "	if false && err == nil && rec.State == metadata.Committed && string(rec.ID) == key {", "what a lost swap needs is removed"},
 		{"cache/settledrop.go", "		for child := range tx.Children(top.id) {", "		for child := range tx.Children(\"\") {", "descendants of what was dropped stay"},
+		{"cache/settledrop.go", "	m.blobs.intentsFor(going)\n", "", "the blobs of what was dropped stay"},
 		{"cache/marks.go", "	if k.dirty {\n		return nil\n	}\n	if err := k.step(\"mark dirty\")", "	if true {\n		return nil\n	}\n	if err := k.step(\"mark dirty\")", "a store never counts as dirty"},
 		{"cache/manager.go", "	return m.leftover || len(m.unswapped) > 0 || len(m.orphans) > 0", "	return m.leftover", "a close calls clean what is not"},
 		// The store.
