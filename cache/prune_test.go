@@ -497,7 +497,7 @@ func TestSizesAreMeasuredInTheBackground(t *testing.T) {
 		used, err := w.Used(w.ctx)
 		require.NoError(t, err)
 		return used > 55*4096
-	}, 20*time.Second, 10*time.Millisecond)
+	}, time.Minute, 10*time.Millisecond)
 	require.LessOrEqual(t, w.Stats().Transactions-before, uint64(3))
 	for i, id := range ids {
 		rec, err := w.Lookup(w.ctx, id)

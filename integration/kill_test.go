@@ -147,7 +147,7 @@ func testKilledCommands(t *testing.T, driver, dir string, kills int) {
 	if os.Getenv("LAMINA_TEST_FULL") != "" {
 		kills = 250
 	}
-	seed := uint64(time.Now().UnixNano())
+	seed := newSeed(t)
 	k := &killing{T: t, root: filepath.Join(dir, "store"), kills: kills, rand: rand.New(rand.NewPCG(seed, 2)), kept: map[string][]string{}}
 	t.Cleanup(func() {
 		// overlayfs leaves directories behind that an ordinary user has to

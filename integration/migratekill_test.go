@@ -47,7 +47,7 @@ func testKilledMigrations(t *testing.T, archive, worker string) {
 	if os.Getenv("LAMINA_TEST_FULL") != "" {
 		kills = 100
 	}
-	seed := uint64(time.Now().UnixNano())
+	seed := newSeed(t)
 	random := rand.New(rand.NewPCG(seed, 4))
 	clean := t.TempDir()
 	require.NoError(t, legacytest.Unpack(legacyArchives, archive, clean))

@@ -157,6 +157,7 @@ var commands = map[string]func(*testscript.TestScript, bool, []string){
 	"capture":     cmdCapture,
 	"json":        cmdJSON,
 	"waitfor":     cmdWaitFor,
+	"waittext":    cmdWaitText,
 	"signal":      cmdSignal,
 	"fingerprint": cmdFingerprint,
 	"unchanged":   cmdUnchanged,
@@ -267,29 +268,45 @@ func lookUp(line, path string) (string, error) {
 	return string(text), err
 }
 
-// waitfor FILE waits until a file is there, for at most half a minute.
+// waitfor FILE waits until a file is there.
 func cmdWaitFor(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: waitfor FILE")
 	}
-	ts.Check(await(ts.MkAbs(args[0])))
+	ts.Check(await(args[0], there(ts.MkAbs(args[0]))))
 }
 
-func await(file string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+// waittext FILE REGEXP waits until a file that somebody writes says something.
+func cmdWaitText(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: waittext FILE REGEXP")
+	}
+	want, err := regexp.Compile(args[1])
+	ts.Check(err)
+	ts.Check(await(args[1], func() bool {
+		text, err := os.ReadFile(ts.MkAbs(args[0]))
+		return err == nil && want.Match(text)
+	}))
+}
+
+func there(file string) func() bool {
+	return func() bool { _, err := os.Stat(file); return err == nil }
+}
+
+// await waits for what comes soon, or after two minutes never.
+func await(what string, came func() bool) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	for {
-		if _, err := os.Stat(file); err == nil {
-			return nil
-		}
+	for !came() {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return fmt.Errorf("%s does not come", file)
+			return fmt.Errorf("%s does not come", what)
 		}
 	}
+	return nil
 }
 
 // signal SIGNAL CODE FILE PROGRAM ARGS... runs a program, sends it a signal
@@ -311,7 +328,7 @@ func cmdSignal(ts *testscript.TestScript, neg bool, args []string) {
 	// Whoever holds the pipes on is not waited for.
 	cmd.WaitDelay = 5 * time.Second
 	ts.Check(cmd.Start())
-	if err = await(ts.MkAbs(args[2])); err == nil {
+	if err = await(args[2], there(ts.MkAbs(args[2]))); err == nil {
 		err = cmd.Process.Signal(number)
 	} else {
 		err = errors.Join(err, cmd.Process.Kill())
