@@ -253,7 +253,12 @@ func (o *overlay) options(lower []string, upper, work string, s state) []string 
 	return options
 }
 
+// escapeOption escapes what separates options. Nearly no path has that, and a
+// Replacer is dear to make.
 func escapeOption(path string) string {
+	if !strings.ContainsAny(path, `\,`) {
+		return path
+	}
 	return strings.NewReplacer(`\`, `\\`, ",", `\,`).Replace(path)
 }
 

@@ -10,8 +10,12 @@ import (
 	"path/filepath"
 )
 
-// diskSize holds the states of 10,000 records of all subjects.
-const diskSize = 3 << 30
+// diskSize is that of a file system, in bytes, for subjects with a state of
+// records each: some 10 inodes for each record, of 4 KiB as the file system
+// counts them, and the trees beside them, which are the most up to 10,000.
+func diskSize(records, subjects int) int64 {
+	return max(3<<30, 1<<30+int64(records)*int64(subjects)*12*4096)
+}
 
 // withLoopDisk runs do with the root of a new ext4 file system, in a file of
 // size bytes below dir that has all its blocks. Only there are two runs alike: the age of
@@ -66,7 +70,13 @@ func writeZeros(ctx context.Context, path string, size int64) error {
 func command(ctx context.Context, name string, args ...string) error {
 	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("%s: %w: %s", name, err, bytes.TrimSpace(out))
+		return fmt.Errorf("%s: %w: %s", name, err, firstLine(out))
 	}
 	return nil
+}
+
+// firstLine is what a command complained of first: cp does so for each file.
+func firstLine(out []byte) []byte {
+	line, _, _ := bytes.Cut(bytes.TrimSpace(out), []byte("\n"))
+	return line
 }

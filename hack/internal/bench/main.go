@@ -100,7 +100,7 @@ func Main(ctx context.Context, args []string, env Environment) int {
 	}
 	if s.disk == "loop" {
 		s.progress("making a file system")
-		err = withLoopDisk(ctx, s.Dir, diskSize, measure)
+		err = withLoopDisk(ctx, s.Dir, diskSize(slices.Max(s.Sizes), len(s.Openers)), measure)
 	} else {
 		err = measure(s.Dir)
 	}

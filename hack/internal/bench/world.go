@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
@@ -106,10 +105,8 @@ func (w *world) move(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	//nolint:gosec // both directories are our own
-	cp := exec.CommandContext(ctx, "cp", "-a", "--", w.dir+"/.", dir)
-	if out, err := cp.CombinedOutput(); err != nil {
-		return fmt.Errorf("copy the state: %w: %s", err, out)
+	if err := command(ctx, "cp", "-a", "--", w.dir+"/.", dir); err != nil {
+		return fmt.Errorf("copy the state: %w", err)
 	}
 	w.dir = dir
 	if err := open(ctx); err != nil {
