@@ -69,7 +69,7 @@ func (tx *Tx) Check() iter.Seq2[Finding, error] {
 	return func(yield func(Finding, error) bool) {
 		c := &checker{
 			tx: tx, sums: newSums(), names: map[ID]ID{}, keys: map[string]ID{},
-			owners: map[ID]ID{}, rows: map[string]int{},
+			owners: map[ID]ID{}, asked: newTallies(),
 			report: func(f Finding) bool { return yield(f, nil) },
 		}
 		steps := []func() bool{
@@ -96,9 +96,9 @@ type checker struct {
 
 	sums    *sums
 	names   map[ID]ID
-	keys    map[string]ID
-	owners  map[ID]ID      // records by their rows
-	rows    map[string]int // derived rows that records ask for, by bucket
+	keys    map[string]ID // only once something was found to be wrong
+	owners  map[ID]ID     // records by their rows
+	asked   *tallies      // derived rows that records ask for
 	newest  uint64
 	damaged bool // some record cannot be read, so sums cannot be compared
 }
@@ -239,6 +239,14 @@ func (c *checker) record(r *Record) bool {
 		}
 		c.names[n] = r.ID
 	}
+	for _, row := range derived(r) {
+		c.asked.add(row)
+	}
+	return true
+}
+
+// recordRows looks for the rows that a record asks for.
+func (c *checker) recordRows(r *Record) bool {
 	for _, k := range slices.Compact(driverKeys(r)) {
 		if other, taken := c.keys[k]; taken &&
 			!c.find(CodeKeyConflict, r.ID, bucketSnapshot, []byte(k), "records %q and %q name driver key %q", other, r.ID, k) {
@@ -246,11 +254,6 @@ func (c *checker) record(r *Record) bool {
 		}
 		c.keys[k] = r.ID
 	}
-	return c.recordRows(r)
-}
-
-// recordRows looks for the rows that a record asks for.
-func (c *checker) recordRows(r *Record) bool {
 	for _, row := range derived(r) {
 		v, ok, err := c.tx.get(row.bucket, []byte(row.key))
 		switch {
@@ -258,7 +261,6 @@ func (c *checker) recordRows(r *Record) bool {
 			c.tx.fail(err)
 			return true
 		case ok && string(v) == row.value:
-			c.rows[row.bucket]++
 		case ok && c.rival(row, v): // that is told of their names
 		case !c.find(CodeRowMissing, r.ID, row.bucket, []byte(row.key), "bucket %s lacks the row %s of record %q", row.bucket, printable([]byte(row.key)), r.ID):
 			return false
@@ -277,6 +279,9 @@ func (c *checker) rival(asked row, value []byte) bool {
 
 func (c *checker) parents() bool {
 	for p, children := range c.sums.children {
+		if _, ok := c.sums.records[p]; ok {
+			continue
+		}
 		ok, err := c.tx.exists(p)
 		if err != nil {
 			c.tx.fail(err)
@@ -294,17 +299,25 @@ func (c *checker) parents() bool {
 	return true
 }
 
-// derived looks for rows that no record asks for. All that records ask for
-// have been counted, so a bucket with as many rows has no other.
+// derived compares the derived rows with those that records ask for. Mostly
+// both are the same, which one walk over each bucket shows; only if not it is
+// looked row by row for what is missing and for what no record asks for.
 func (c *checker) derived() bool {
-	for _, b := range []string{bucketIndex, bucketChild, bucketSnapshot, bucketBlob, bucketUnsettled, bucketAlias} {
-		n := 0
-		for range c.tx.scan(b, nil) {
-			n++
+	var wrong []string
+	for _, b := range derivedBuckets() {
+		if c.tx.tally(b, c.asked.seed) != c.asked.of[b] {
+			wrong = append(wrong, b)
 		}
-		if n == c.rows[b] {
-			continue
+	}
+	if len(wrong) == 0 {
+		return true
+	}
+	for k, v := range c.tx.scan(bucketRecord, nil) {
+		if r, err := decodeRecord(ID(k), v); err == nil && !c.recordRows(r) {
+			return false
 		}
+	}
+	for _, b := range wrong {
 		for k, v := range c.tx.scan(b, nil) {
 			if !c.row(b, k, v) {
 				return false
