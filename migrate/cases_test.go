@@ -248,6 +248,58 @@ func TestCases(t *testing.T) {
 			},
 			want: want{"young": "committed", "old": "a newer record, young", "m": ""},
 		},
+		"what a pair names as its mutable is immutable": {
+			build: func(b *legacytest.Builder) {
+				b.Pair("i", "m", "")
+				b.Row("a", row{"snapshot.committed": true, "cache.snapshot": "a", "cache.equalMutable": "i"})
+				b.Row("z", row{"snapshot.committed": true, "cache.snapshot": "z", "cache.equalMutable": "z"})
+			},
+			want: want{"i": "committed", "m": "", "a": "i, is immutable", "z": "z, is immutable"},
+		},
+		"a pair on what is lost": {
+			build: func(b *legacytest.Builder) {
+				b.Finalized("p", "", nil)
+				b.LoseData()
+				b.Pair("i", "m", "p")
+			},
+			want: want{"p": "data of its snapshot is gone", "i": "its parent p", "m": "i, which it was going to be a part of"},
+			left: 1,
+		},
+		"two snapshots in one directory": {
+			build: func(b *legacytest.Builder) {
+				d := b.Blob("layer", nil)
+				b.Finalized("a", "", row{"cache.blob": d, "cache.diffID": d, "cache.chainID": d})
+				b.Finalized("b", "", nil)
+				b.ShareData()
+				b.Finalized("c", "b", nil)
+				b.Finalized("fine", "", nil)
+			},
+			want: want{"a": "lazy", "b": "data of its snapshot is gone", "c": "its parent b", "fine": "finalized"},
+			left: 1, // nobody knows whose the shared directory is, so that it is not even listed
+		},
+		"lazy merges that name one snapshot": {
+			build: func(b *legacytest.Builder) {
+				b.Finalized("p", "", nil)
+				b.Finalized("q", "", nil)
+				for id, in := range map[string][]string{"one": {"p", "q"}, "two": {"q", "p"}} {
+					b.Row(id, row{"cache.mergeParents": in, "cache.snapshot": "merged"})
+					b.Lease(id, []string{"merged"})
+				}
+			},
+			want: want{"p": "finalized", "q": "finalized", "one": "lazy", "two": "lazy"},
+		},
+		"merges of one snapshot": {
+			build: func(b *legacytest.Builder) {
+				b.Finalized("p", "", nil)
+				b.Finalized("q", "", nil)
+				for id, in := range map[string][]string{"one": {"p", "q"}, "two": {"q", "p"}, "zwei": {"q", "p"}} {
+					b.Row(id, row{"cache.mergeParents": in, "cache.snapshot": "merged", "cache.createdAt": int64(len(id))})
+					b.Lease(id, []string{"merged"})
+				}
+				b.Snapshot("merged", "q", legacytest.Committed)
+			},
+			want: want{"p": "finalized", "q": "finalized", "one": "finalized", "two": "is another layer", "zwei": "is another layer"},
+		},
 		"circle": {
 			build: func(b *legacytest.Builder) {
 				b.Finalized("a", "", row{"cache.parent": "b"})
@@ -310,6 +362,22 @@ func TestCases(t *testing.T) {
 				b.Value("c", "cache.parent", "y")
 			},
 			want: want{"x": "finalized", "y": "alias", "c": "finalized"},
+		},
+		"twins on what is lost": {
+			build: func(b *legacytest.Builder) {
+				b.Finalized("p", "", row{"cache.deleted": true})
+				d, e := b.Blob("gz", nil), b.Blob("tar", nil)
+				for id, blob := range map[string]any{"x": d, "y": e} {
+					b.Row(id, row{
+						"snapshot.committed": true, "cache.snapshot": "layer", "cache.blob": blob, "cache.diffID": e,
+						"cache.chainID": e, "cache.parent": "p", "cache.createdAt": int64(1),
+					})
+					b.Lease(id, []string{"layer"})
+				}
+				b.Snapshot("layer", "p", legacytest.Committed)
+			},
+			want: want{"p": "marked deleted", "x": "its parent p", "y": "x, which it was going to be a part of"},
+			left: 2,
 		},
 	}
 	for name, tt := range tests {

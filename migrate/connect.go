@@ -186,7 +186,8 @@ func (b *planner) lost(f *fate, why string) {
 }
 
 // dropUnneeded drops what the old daemon was about to remove: no lease keeps
-// it, nothing retains it, and nobody lies on it.
+// it, nothing retains it, and nobody lies on it. With a record go its second
+// ids and the mutable that it was folded with.
 func (b *planner) dropUnneeded() {
 	for _, f := range slices.Backward(b.order) {
 		if !f.needed && !f.item.rec.Retain && !b.leased(f.item) {
@@ -199,6 +200,11 @@ func (b *planner) dropUnneeded() {
 		}
 	}
 	b.order = slices.DeleteFunc(b.order, func(f *fate) bool { return f.item == nil })
+	for _, f := range b.all {
+		if f.into != "" && b.fate[f.into].item == nil {
+			f.drop("%s, which it was going to be a part of, does not come along", f.into)
+		}
+	}
 }
 
 // leased says whether a lease keeps what the record needs.

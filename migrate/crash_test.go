@@ -87,6 +87,13 @@ func killedAt(t *testing.T, verb, dir string, step int) bool {
 // dump is all that a migration made but for the time at which it did.
 func dump(t *testing.T, root string) []string {
 	t.Helper()
+	return dumpOf(t, open(t, root))
+}
+
+// dumpOf is the dump of a cache that is open, before anything in it was used.
+func dumpOf(t *testing.T, m *cache.Manager) []string {
+	t.Helper()
+	root := m.Root()
 	var lines []string
 	for _, dir := range []string{"new", "active", "committed", "trash"} {
 		require.NoError(t, filepath.WalkDir(filepath.Join(root, "snapshots", dir), func(path string, d os.DirEntry, err error) error {
@@ -110,7 +117,6 @@ func dump(t *testing.T, root string) []string {
 	if list, err := os.ReadFile(filepath.Join(root, "snapshots", "adopted")); err == nil {
 		lines = append(lines, string(list))
 	}
-	m := open(t, root)
 	for rec, err := range m.Records(t.Context()) {
 		require.NoError(t, err)
 		text, err := json.Marshal(rec)
@@ -166,7 +172,13 @@ func TestErrorAtEachStep(t *testing.T) {
 // can be tried.
 func small(t *testing.T) *legacytest.Builder {
 	t.Helper()
-	b := legacytest.NewBuilder(t.TempDir(), "native") // archives show the same with overlayfs
+	return smallOf(t, "native", false)
+}
+
+// smallOf is small for a snapshotter and a layout.
+func smallOf(t *testing.T, driver string, v1 bool) *legacytest.Builder {
+	t.Helper()
+	b := legacytest.NewBuilder(t.TempDir(), driver)
 	b.Finalized("a", "", nil)
 	b.Finalized("b", "a", nil)
 	b.Pair("i", "m", "b")
@@ -175,6 +187,9 @@ func small(t *testing.T) *legacytest.Builder {
 	b.Row("merge", legacytest.Row{"cache.mergeParents": []string{"a", "b"}})
 	b.Lease("merge", []string{"merge"})
 	b.Snapshot("garbage", "", legacytest.Committed)
+	if v1 {
+		b.Older()
+	}
 	require.NoError(t, b.Write())
 	return b
 }

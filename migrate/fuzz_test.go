@@ -4,6 +4,8 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -17,18 +19,24 @@ import (
 	"github.com/lamina-build/lamina/migrate"
 )
 
+// layouts are the states that a fuzzed value is put into.
+var layouts = []struct {
+	driver string
+	v1     bool
+}{{driver: "native"}, {driver: "overlayfs"}, {driver: "native", v1: true}}
+
 // places are where a fuzzed value goes: a database, and the buckets in it, of
 // which "*" stands for an id that is given.
 var places = [][]string{
-	{"metadata_v2.db", "_main", "*"},
-	{"metadata_v2.db", "_external", "*"},
-	{"metadata_v2.db", "_index"},
+	{"RECORDS", "_main", "*"},
+	{"RECORDS", "_external", "*"},
+	{"RECORDS", "_index"},
 	{"containerdmeta.db", "v1"},
 	{"containerdmeta.db", "v1", "buildkit", "leases", "*"},
 	{"containerdmeta.db", "v1", "buildkit", "leases", "*", "labels"},
-	{"containerdmeta.db", "v1", "buildkit", "leases", "*", "snapshots", "native"},
-	{"containerdmeta.db", "v1", "buildkit", "snapshots", "native", "*"},
-	{"containerdmeta.db", "v1", "buildkit", "snapshots", "native", "*", "labels"},
+	{"containerdmeta.db", "v1", "buildkit", "leases", "*", "snapshots", "DRIVER"},
+	{"containerdmeta.db", "v1", "buildkit", "snapshots", "DRIVER", "*"},
+	{"containerdmeta.db", "v1", "buildkit", "snapshots", "DRIVER", "*", "labels"},
 	{"containerdmeta.db", "v1", "buildkit", "content", "blob", "*"},
 	{"containerdmeta.db", "v1", "buildkit", "content", "blob", "*", "labels"},
 	{"snapshots/metadata.db", "v1", "snapshots", "*"},
@@ -88,17 +96,39 @@ func FuzzLegacy(f *testing.F) {
 		{11, "buildkit/102/b", "parent", "buildkit/102/b"},
 		{0, "../../x", "snapshot.committed", `{"value":true}`},
 		{0, "a\x00\n", "cache.cachePolicy", `{"value":1}`},
+		{13, "a", "cache.mergeParents", `{"value":["b","b"]}`},
+		{13, "m", "cache.snapshot", `{"value":"x"}`},
+		{24, "buildkit/103/m", "kind", "\x03"},
+		{26, "a", "blobmapping.blob", `{"value":{"Blobsum":"` + blob + `","DiffID":"` + blob + `"}}`},
+		{26, "x", "cache.equalMutable", `{"value":"m"}`},
+		{34, "b", "containerd.io/gc.root", ""},
+		{37, "buildkit/102/b", "parent", "buildkit/104/x"},
 	} {
 		f.Add(seed.place, seed.id, seed.key, []byte(seed.value))
 	}
-	base := filepath.Join(f.TempDir(), "base")
+	bases := f.TempDir()
 	f.Fuzz(func(t *testing.T, place uint8, id, key string, value []byte) {
-		dir := filepath.Join(t.TempDir(), "runc-native")
+		number := int(place) / len(places) % len(layouts)
+		layout := layouts[number]
+		if layout.driver == "overlayfs" {
+			needsRoot(t)
+		}
+		dir, base := filepath.Join(t.TempDir(), "runc-"+layout.driver), filepath.Join(bases, strconv.Itoa(number))
 		if _, err := os.Stat(base); err != nil {
-			require.NoError(t, os.Rename(small(t).Dir, base))
+			require.NoError(t, os.Rename(smallOf(t, layout.driver, layout.v1).Dir, base))
 		}
 		require.NoError(t, os.CopyFS(dir, os.DirFS(base)))
-		path := places[int(place)%len(places)]
+		path := slices.Clone(places[int(place)%len(places)])
+		for i, name := range path {
+			switch {
+			case name == "DRIVER":
+				path[i] = layout.driver
+			case name == "RECORDS" && layout.v1:
+				path[i] = "metadata.db"
+			case name == "RECORDS":
+				path[i] = "metadata_v2.db"
+			}
+		}
 		db, err := bolt.Open(filepath.Join(dir, path[0]), 0o600, &bolt.Options{NoSync: true})
 		require.NoError(t, err)
 		err = db.Update(func(tx *bolt.Tx) error { return putAt(tx, path[1:], id, key, value) })

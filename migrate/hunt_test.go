@@ -257,7 +257,7 @@ func TestTwoNamesOfOneSnapshot(t *testing.T) {
 		require.NoError(t, db.Close())
 		report := run(t, b.Dir, migrate.Options{})
 		require.Contains(t, strings.Join(report.Plan.Warnings, "\n"), `snapshot "b" has no key of its own`)
-		comparePlan(t, report.Plan, want{"a": "finalized", "b": "its snapshot is gone", "i": "parent b", "x": "mutable", "merge": "parent b"})
+		comparePlan(t, report.Plan, want{"a": "finalized", "b": "its snapshot is gone", "i": "parent b", "m": "i, which it was going to be a part of", "x": "mutable", "merge": "parent b"})
 		require.Equal(t, 2, count(report.Plan, migrate.Leave), "what the old daemon may show, and what lies below it")
 		m := open(t, b.Dir)
 		compareStore(t, m, report.Plan)

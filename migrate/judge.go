@@ -76,7 +76,7 @@ func (b *planner) judgeRows() {
 			f.drop("marked deleted by a prune that was cut off")
 		case r.EqualMutable != "":
 			b.judgePair(r, owners[r.EqualMutable])
-		case r.Committed || r.IsMerge() || r.IsDiff():
+		case immutable(r):
 			b.judgeImmutable(r)
 		}
 	}
@@ -85,6 +85,12 @@ func (b *planner) judgeRows() {
 			b.judgeMutable(f.row)
 		}
 	}
+}
+
+// immutable says whether a row is that of an immutable record. Those of merges
+// and diffs need not say so.
+func immutable(r *buildkit.Row) bool {
+	return r.EqualMutable != "" || r.Committed || r.IsMerge() || r.IsDiff()
 }
 
 // owners maps each mutable row to the immutable one that it makes a pair with:
@@ -128,7 +134,7 @@ func (b *planner) lacks(name string, kind buildkit.Kind) string {
 
 func (b *planner) judgePair(r, owner *buildkit.Row) {
 	m := b.s.Rows[r.EqualMutable]
-	mutable := m != nil && !m.Deleted && m.Damaged == nil
+	mutable := m != nil && !m.Deleted && m.Damaged == nil && !immutable(m)
 	if mutable {
 		if snap := b.snapshot(m.SnapshotName(), buildkit.Active); snap != nil {
 			if r != owner {
@@ -164,6 +170,8 @@ func (b *planner) judgePair(r, owner *buildkit.Row) {
 		b.drop(r.ID, "its mutable %s is marked deleted", m.ID)
 	case m.Damaged != nil:
 		b.drop(r.ID, "the row of its mutable %s is damaged", m.ID)
+	case !mutable:
+		b.drop(r.ID, "what it names as its mutable, %s, is immutable", m.ID)
 	default:
 		b.drop(r.ID, "of its mutable %s: %s", m.ID, b.lacks(m.SnapshotName(), buildkit.Active))
 	}
@@ -245,6 +253,9 @@ func (b *planner) foldTwins() {
 		if it == nil || it.rec.State != metadata.Finalized && it.rec.State != metadata.Lazy {
 			continue
 		}
+		if it.snap == nil && it.rec.ChainID == "" {
+			continue // nothing says that what they are going to be is the same
+		}
 		name := f.row.SnapshotName()
 		switch other := first[name]; {
 		case other == nil:
@@ -289,9 +300,23 @@ func compareBool(x, y bool) int {
 	return 1
 }
 
+// sameLayer says whether two records of one snapshot would also be made in the
+// same way, should the snapshot be lost.
+func sameLayer(x, y *metadata.Record) bool {
+	switch {
+	case x.Op != y.Op || x.ChainID != y.ChainID:
+		return false
+	case x.Op == metadata.Merge || x.Op == metadata.Diff:
+		return slices.Equal(x.Parents, y.Parents)
+	case x.ChainID != "":
+		return true
+	}
+	return slices.EqualFunc(x.Blobs, y.Blobs, func(x, y metadata.Blob) bool { return x.Digest == y.Digest })
+}
+
 func (b *planner) foldTwin(first, twin *item, name string) {
 	id := string(twin.rec.ID)
-	if first.rec.ChainID != twin.rec.ChainID || first.rec.Op != twin.rec.Op {
+	if !sameLayer(first.rec, twin.rec) {
 		b.drop(id, "names the snapshot of %s, but is another layer", first.rec.ID)
 		return
 	}

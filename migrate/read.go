@@ -147,8 +147,8 @@ func compareOwners(ctx context.Context, stored *contenthash.Tree, dir, path stri
 	if err != nil {
 		return unknown, ctx.Err()
 	}
-	for v, old := range map[verdict]bool{yes: true, no: false} {
-		t, err := contenthash.ImportV0(contenthash.V0{IgnoreOwners: old})
+	for _, v := range []verdict{yes, no} {
+		t, err := contenthash.ImportV0(contenthash.V0{IgnoreOwners: v == yes})
 		if err != nil {
 			return unknown, err
 		}

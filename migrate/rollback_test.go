@@ -29,8 +29,8 @@ func use(t *testing.T, root string, do func(ctx context.Context, m *cache.Manage
 	t.Helper()
 	m, err := cache.Open(t.Context(), cache.Options{Root: root, NoCreate: true, SyncInterval: -1, Unconfirm: contenthash.UnconfirmStored})
 	require.NoError(t, err)
+	defer func() { require.NoError(t, m.Close()) }()
 	do(t.Context(), m)
-	require.NoError(t, m.Close())
 }
 
 // What looks, or makes something new beside, leaves the way back open; what

@@ -239,16 +239,13 @@ func (s *State) readBlob(name string, b metadata.ForeignBucket) error {
 // readDriver reads what the snapshotter knows of the snapshots. A name that it
 // does not know is no snapshot.
 func (s *State) readDriver(db *database, root metadata.ForeignBucket) error {
-	byKey := map[string]*Snapshot{}
-	for _, snap := range s.Ordered() {
-		if other := byKey[snap.Key]; snap.Key != "" && (other == nil || snap.madeKey()) {
+	byKey := make(map[string]*Snapshot, len(s.Snapshots))
+	for name, snap := range s.Snapshots {
+		if snap.ownKey() {
 			byKey[snap.Key] = snap
-		}
-	}
-	for _, snap := range s.Ordered() {
-		if byKey[snap.Key] != snap {
-			s.warn("%s: snapshot %q has no key of its own; it is lost", names, printable(snap.Name))
-			delete(s.Snapshots, snap.Name)
+		} else {
+			s.warn("%s: snapshot %q has no key of its own; it is lost", names, printable(name))
+			delete(s.Snapshots, name)
 		}
 	}
 	v1, err := onlyV1(root)
@@ -282,10 +279,10 @@ func (s *State) readDriver(db *database, root metadata.ForeignBucket) error {
 	return nil
 }
 
-// madeKey says whether the snapshotter's key was made for this name, as
-// containerd does: NAMESPACE/NUMBER/NAME. Of two names with one key it is the
-// owner.
-func (snap *Snapshot) madeKey() bool {
+// ownKey says whether the snapshotter's key was made for this name, as
+// containerd does with all: NAMESPACE/NUMBER/NAME. What another one leads to is
+// the snapshot of somebody else.
+func (snap *Snapshot) ownKey() bool {
 	parts := strings.SplitN(snap.Key, "/", 3)
 	return len(parts) == 3 && parts[2] == snap.Name
 }

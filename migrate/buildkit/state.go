@@ -378,7 +378,8 @@ func (s *State) readBlobs() error {
 			s.Blobs[r.Blob] = &Blob{Digest: r.Blob}
 		}
 	}
-	for d, b := range s.Blobs {
+	for _, d := range slices.Sorted(maps.Keys(s.Blobs)) { // of several errors always the same
+		b := s.Blobs[d]
 		info, err := os.Lstat(s.BlobPath(d))
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
@@ -407,16 +408,20 @@ func (s *State) readData(ctx context.Context) error {
 		there[d.Name()] = d.IsDir()
 	}
 	owned := map[string]*Snapshot{}
+	var all []*Snapshot
 	for _, list := range [][]*Snapshot{s.Unnamed, s.Ordered()} {
 		for _, snap := range list {
 			if other := owned[snap.Dir]; other != nil {
-				return fmt.Errorf("snapshots %q and %q both own directory %s: %w", printable(other.Key), printable(snap.Key), snap.Dir, ErrIncomplete)
+				s.warn("%s: snapshots %q and %q both have directory %s; they are lost", driverDB, printable(other.Key), printable(snap.Key), snap.Dir)
+				other.Present = false
+				continue
 			}
 			owned[snap.Dir] = snap
 			snap.Present = there[snap.Dir]
+			all = append(all, snap)
 		}
 	}
-	if err := s.lookForData(ctx, owned); err != nil {
+	if err := s.lookForData(ctx, all); err != nil {
 		return err
 	}
 	for name, isDir := range there {
@@ -430,8 +435,8 @@ func (s *State) readData(ctx context.Context) error {
 
 // lookForData looks into the directories of the snapshots that have one, for
 // what overlayfs needs.
-func (s *State) lookForData(ctx context.Context, owned map[string]*Snapshot) error {
-	if s.Snapshotter == Native || len(owned) == 0 {
+func (s *State) lookForData(ctx context.Context, all []*Snapshot) error {
+	if s.Snapshotter == Native || len(all) == 0 {
 		return nil
 	}
 	dir, err := os.Open(s.DataDir(""))
@@ -442,7 +447,6 @@ func (s *State) lookForData(ctx context.Context, owned map[string]*Snapshot) err
 		return classify(err)
 	}
 	defer dir.Close()
-	all := slices.Collect(maps.Values(owned))
 	const workers = 4 // it is the disk that they wait for, if for anything
 	errs := make([]error, workers)
 	var wg sync.WaitGroup

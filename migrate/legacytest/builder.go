@@ -1,17 +1,13 @@
 package legacytest
 
 import (
-	"encoding/binary"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"os"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
-	"time"
 
 	"github.com/opencontainers/go-digest"
-	bolt "go.etcd.io/bbolt"
 )
 
 // Builder makes the directory of a worker by hand: whatever a daemon, a kill or
@@ -25,6 +21,9 @@ type Builder struct {
 	Driver string
 	// NoFreelist leaves the free pages out of the databases, as v0.34 does.
 	NoFreelist bool
+	// Copies has each snapshot of native hold the files of those below it, as
+	// that snapshotter leaves them. Without it each has its own alone.
+	Copies bool
 
 	rows      map[string]Row
 	external  map[string]map[string][]byte
@@ -53,6 +52,7 @@ type lease struct {
 type snap struct {
 	name, parent string // names; an unnamed one has none
 	key          string
+	leads        string // the key that the name leads to, if not its own
 	kind         byte
 	number       uint64
 	labels       map[string]string
@@ -125,9 +125,14 @@ func (b *Builder) SnapshotLabel(key, value string) {
 	s.labels[key] = value
 }
 
-// LoseData leaves the directory of the last snapshot out, LoseKey the
-// snapshotter's row of it.
+// LoseData leaves the directory of the last snapshot out.
 func (b *Builder) LoseData() { b.snapshots[len(b.snapshots)-1].data = nil }
+
+// ShareData gives the last snapshot the directory of the one before.
+func (b *Builder) ShareData() {
+	n := len(b.snapshots)
+	b.snapshots[n-1].number, b.snapshots[n-1].data = b.snapshots[n-2].number, nil
+}
 
 // LoseKey leaves the snapshotter's row of the last snapshot out.
 func (b *Builder) LoseKey() { b.snapshots[len(b.snapshots)-1].noDriver = true }
@@ -196,284 +201,25 @@ func (b *Builder) Pair(immutable, mutable, parent string) {
 	b.Row(immutable, r)
 }
 
-// Write makes the directory.
-func (b *Builder) Write() error {
-	if err := os.MkdirAll(filepath.Join(b.Dir, "snapshots", "snapshots"), 0o700); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Join(b.Dir, "content", "blobs"), 0o700); err != nil {
-		return err
-	}
-	records := "metadata_v2.db"
-	if b.V1 {
-		records = "metadata.db"
-	}
-	return errors.Join(
-		os.WriteFile(filepath.Join(b.Dir, "workerid"), []byte("worker"), 0o600),
-		b.database(records, b.writeRecords),
-		b.database("containerdmeta.db", b.writeNames),
-		b.database("snapshots/metadata.db", b.writeDriver),
-		b.writeData(),
-		b.writeBlobs(),
-	)
-}
-
-func (b *Builder) database(name string, fill func(*bolt.Tx) error) error {
-	db, err := bolt.Open(filepath.Join(b.Dir, name), 0o600, &bolt.Options{NoSync: true, NoFreelistSync: b.NoFreelist})
-	if err != nil {
-		return err
-	}
-	return errors.Join(db.Update(fill), db.Sync(), db.Close())
-}
-
-// in makes a path of buckets.
-func in(tx *bolt.Tx, path ...string) (*bolt.Bucket, error) {
-	b, err := tx.CreateBucketIfNotExists([]byte(path[0]))
-	for _, name := range path[1:] {
-		if err != nil {
-			return nil, err
-		}
-		b, err = b.CreateBucketIfNotExists([]byte(name))
-	}
-	return b, err
-}
-
-func (b *Builder) writeRecords(tx *bolt.Tx) error {
-	index, err := in(tx, "_index")
-	if err != nil {
-		return err
-	}
+// Older makes of all that was added so far what a daemon up to v0.6 would have
+// written: the snapshotter alone says what lies on what and what is immutable,
+// and labels keep the snapshots.
+func (b *Builder) Older() {
+	b.V1 = true
 	for id, row := range b.rows {
-		bucket, err := in(tx, "_main", id)
-		if err != nil {
-			return err
+		if _, merge := row["cache.mergeParents"]; merge {
+			delete(b.rows, id)
 		}
-		for key, value := range row {
-			data, at, err := encodeValue(value)
-			if err == nil {
-				err = bucket.Put([]byte(key), data)
-			}
-			if err == nil && at != "" {
-				err = index.Put([]byte(at+"::"+id), nil)
-			}
-			if err != nil {
-				return err
-			}
+		for _, key := range []string{"snapshot.committed", "cache.snapshot", "cache.parent"} {
+			delete(row, key)
 		}
 	}
-	for id, values := range b.external {
-		for name, data := range values {
-			bucket, err := in(tx, "_external", id)
-			if err == nil {
-				err = bucket.Put([]byte(name), data)
-			}
-			if err != nil {
-				return err
-			}
+	for i := range b.snapshots {
+		if s := &b.snapshots[i]; b.rows[s.name] != nil {
+			s.labels = map[string]string{"containerd.io/gc.root": "2026-01-01T00:00:00Z"}
 		}
 	}
-	return nil
-}
-
-// encodeValue is the form in the database. Bytes are written as they are.
-func encodeValue(value any) (data []byte, index string, err error) {
-	var item struct {
-		Value any    `json:"value,omitempty"`
-		Index string `json:"index,omitempty"`
-	}
-	switch v := value.(type) {
-	case nil:
-		return nil, "", nil
-	case []byte:
-		return v, "", nil
-	case Indexed:
-		item.Value, item.Index = v.Value, v.Index
-	default:
-		item.Value = v
-	}
-	data, err = json.Marshal(item)
-	return data, item.Index, err
-}
-
-func putAll(b *bolt.Bucket, values map[string][]byte) error {
-	for k, v := range values {
-		if err := b.Put([]byte(k), v); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func varint(n int64) []byte { return binary.AppendVarint(nil, n) }
-
-// moment is when everything was made.
-func moment() []byte {
-	data, err := time.Unix(1_700_000_000, 0).UTC().MarshalBinary()
-	if err != nil {
-		panic(err) // a time in UTC can be encoded
-	}
-	return data
-}
-
-func putLabels(b *bolt.Bucket, labels map[string]string) error {
-	if labels == nil {
-		return nil
-	}
-	at, err := b.CreateBucketIfNotExists([]byte("labels"))
-	for k, v := range labels {
-		if err != nil {
-			return err
-		}
-		err = at.Put([]byte(k), []byte(v))
-	}
-	return err
-}
-
-func (b *Builder) writeNames(tx *bolt.Tx) error {
-	v1, err := in(tx, "v1")
-	if err != nil {
-		return err
-	}
-	if err := v1.Put([]byte("version"), varint(4)); err != nil {
-		return err
-	}
-	for _, s := range b.snapshots {
-		if s.name == "" {
-			continue
-		}
-		at, err := in(tx, "v1", "buildkit", "snapshots", b.Driver, s.name)
-		if err == nil {
-			err = putAll(at, map[string][]byte{"name": []byte(s.key), "parent": []byte(s.parent), "createdat": moment(), "updatedat": moment()})
-		}
-		if err == nil {
-			err = putLabels(at, s.labels)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	for id, l := range b.leases {
-		if err := b.writeLease(tx, id, l); err != nil {
-			return err
-		}
-	}
-	for d, blob := range b.blobs {
-		at, err := in(tx, "v1", "buildkit", "content", "blob", d.String())
-		if err == nil {
-			err = putAll(at, map[string][]byte{"size": varint(int64(len(blob.data))), "createdat": moment(), "updatedat": moment()})
-		}
-		if err == nil {
-			err = putLabels(at, blob.labels)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (b *Builder) writeLease(tx *bolt.Tx, id string, l lease) error {
-	at, err := in(tx, "v1", "buildkit", "leases", id)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(at.Put([]byte("createdat"), moment()), putLabels(at, l.labels)); err != nil {
-		return err
-	}
-	for _, name := range l.snapshots {
-		held, err := in(tx, "v1", "buildkit", "leases", id, "snapshots", b.Driver)
-		if err == nil {
-			err = held.Put([]byte(name), nil)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	for _, d := range l.blobs {
-		held, err := in(tx, "v1", "buildkit", "leases", id, "content")
-		if err == nil {
-			err = held.Put([]byte(d), nil)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (b *Builder) writeDriver(tx *bolt.Tx) error {
-	if _, err := in(tx, "v1", "snapshots"); err != nil {
-		return err
-	}
-	keys := map[string]string{}
-	for _, s := range b.snapshots {
-		if s.name != "" {
-			keys[s.name] = s.key
-		}
-	}
-	for _, s := range b.snapshots {
-		if s.noDriver {
-			continue
-		}
-		at, err := in(tx, "v1", "snapshots", s.key)
-		if err != nil {
-			return err
-		}
-		values := map[string][]byte{
-			"id": binary.AppendUvarint(nil, s.number), "kind": {s.kind}, "createdat": moment(), "updatedat": moment(),
-		}
-		if s.parent != "" {
-			values["parent"] = []byte(keys[s.parent])
-		}
-		if s.kind == Committed {
-			values["size"], values["inodes"] = varint(4096), varint(2)
-		}
-		if err := putAll(at, values); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (b *Builder) writeData() error {
-	for _, s := range b.snapshots {
-		if s.data == nil {
-			continue
-		}
-		dir := filepath.Join(b.Dir, "snapshots", "snapshots", fmt.Sprint(s.number))
-		upper := dir
-		if b.Driver == "overlayfs" {
-			upper = filepath.Join(dir, "fs")
-			if err := os.MkdirAll(filepath.Join(dir, "work"), 0o711); err != nil {
-				return err
-			}
-		}
-		if err := os.MkdirAll(upper, 0o755); err != nil {
-			return err
-		}
-		for name, text := range s.data {
-			if err := os.WriteFile(filepath.Join(upper, name), []byte(text), 0o644); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-func (b *Builder) writeBlobs() error {
-	for d, blob := range b.blobs {
-		if blob.absent {
-			continue
-		}
-		path := filepath.Join(b.Dir, "content", "blobs", d.Algorithm().String(), d.Encoded())
-		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-			return err
-		}
-		if err := os.WriteFile(path, blob.data, 0o400); err != nil {
-			return err
-		}
-	}
-	return nil
+	clear(b.leases)
 }
 
 // IDs lists the ids of all rows, in no order.
@@ -483,4 +229,33 @@ func (b *Builder) IDs() []string {
 		ids = append(ids, id)
 	}
 	return ids
+}
+
+// Indexes are the keys by which a row is found.
+func (b *Builder) Indexes(id string) (keys []string) {
+	for _, value := range b.rows[id] {
+		if v, ok := value.(Indexed); ok {
+			keys = append(keys, v.Index)
+		}
+	}
+	return keys
+}
+
+// Tree are the files of a snapshot and of those below it, by path, nil if there
+// is no such snapshot.
+func (b *Builder) Tree(name string) map[string]string {
+	var files map[string]string
+	for seen := map[string]bool{}; name != "" && !seen[name]; {
+		seen[name] = true
+		i := slices.IndexFunc(b.snapshots, func(s snap) bool { return s.name == name })
+		if i < 0 {
+			break
+		}
+		if files == nil {
+			files = map[string]string{}
+		}
+		maps.Copy(files, b.snapshots[i].data)
+		name = b.snapshots[i].parent
+	}
+	return files
 }
