@@ -1,11 +1,14 @@
 package cache
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"iter"
 	"maps"
+	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -119,6 +122,7 @@ func (c *checking) names(ctx context.Context) error {
 	} else if err != nil {
 		return err
 	}
+	var odd []Finding // that they come in some order should not be luck
 	for key, rec := range c.records {
 		info, ok := found[key]
 		if _, swapping := c.unswapped[rec.ID]; !ok && swapping {
@@ -126,10 +130,10 @@ func (c *checking) names(ctx context.Context) error {
 			info, ok = found[string(rec.ID)]
 		}
 		if !ok {
-			c.report(Finding{Code: FindingSnapshotMissing, ID: rec.ID, Key: key, Message: fmt.Sprintf("%s record has no snapshot", rec.State)})
+			odd = append(odd, Finding{Code: FindingSnapshotMissing, ID: rec.ID, Key: key, Message: fmt.Sprintf("%s record has no snapshot", rec.State)})
 			continue
 		}
-		c.compare(rec, info)
+		odd = append(odd, c.compare(rec, info)...)
 	}
 	for key := range found {
 		rec := c.records[key]
@@ -137,8 +141,14 @@ func (c *checking) names(ctx context.Context) error {
 			rec = c.byID[ID(key)]
 		}
 		if rec == nil && !inMemory[key] && !c.derived(key) && !c.m.heldByProcess(key) {
-			c.report(Finding{Code: FindingSnapshotUnrecorded, Key: key, Message: "no record names this snapshot"})
+			odd = append(odd, Finding{Code: FindingSnapshotUnrecorded, Key: key, Message: "no record names this snapshot"})
 		}
+	}
+	slices.SortFunc(odd, func(a, b Finding) int {
+		return cmp.Or(strings.Compare(a.Key, b.Key), strings.Compare(a.Code, b.Code))
+	})
+	for _, f := range odd {
+		c.report(f)
 	}
 	return c.removals(ctx)
 }
@@ -154,25 +164,26 @@ func (c *checking) derived(key string) bool {
 	return ok && c.byID[id] != nil
 }
 
-func (c *checking) compare(rec *Record, info snapshots.Info) {
+func (c *checking) compare(rec *Record, info snapshots.Info) (odd []Finding) {
 	want := snapshots.KindActive
 	if rec.State == metadata.Finalized || info.Name == string(rec.ID) {
 		want = snapshots.KindCommitted
 	}
 	if info.Kind != want {
-		c.report(Finding{Code: FindingSnapshotKind, ID: rec.ID, Key: info.Name, Message: fmt.Sprintf("%s record has a snapshot that is %s", rec.State, info.Kind)})
+		odd = append(odd, Finding{Code: FindingSnapshotKind, ID: rec.ID, Key: info.Name, Message: fmt.Sprintf("%s record has a snapshot that is %s", rec.State, info.Kind)})
 	}
 	parent := ""
 	if len(rec.Parents) == 1 {
 		if p := c.byID[rec.Parents[0]]; p != nil {
 			if parent = p.Key; p.State == metadata.Lazy {
-				return // it was lost, and is made again under its id
+				return odd // it was lost, and is made again under its id
 			}
 		}
 	}
 	if rec.Op != metadata.Merge && rec.Op != metadata.Diff && info.Parent != parent {
-		c.report(Finding{Code: FindingSnapshotParent, ID: rec.ID, Key: info.Name, Message: fmt.Sprintf("parent in the driver is %q, by the records %q", info.Parent, parent)})
+		odd = append(odd, Finding{Code: FindingSnapshotParent, ID: rec.ID, Key: info.Name, Message: fmt.Sprintf("parent in the driver is %q, by the records %q", info.Parent, parent)})
 	}
+	return odd
 }
 
 func (c *checking) removals(ctx context.Context) error {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 )
 
@@ -177,7 +178,7 @@ func (c *checker) bucketNames() bool {
 		}
 		delete(have, b)
 	}
-	for b := range have {
+	for _, b := range slices.Sorted(maps.Keys(have)) {
 		if !c.find(CodeForeignKey, "", b, nil, "file has bucket %s", printable([]byte(b))) {
 			return false
 		}

@@ -69,7 +69,7 @@ func Read(r io.Reader) ([]Policy, error) {
 	if json.Unmarshal(data, &top) != nil || top == nil {
 		return nil, doc.failAt("", fmt.Errorf("it is no object, %s", fileExample))
 	}
-	for name := range top {
+	for _, name := range slices.Sorted(maps.Keys(top)) {
 		if name != "version" && name != "policies" {
 			return nil, doc.fail(name, doc.keys[name], fmt.Errorf("there is no such field, but version and policies, %s", fileExample))
 		}
