@@ -41,6 +41,66 @@ func (e *MissingBlobsError) Error() string {
 // Unwrap gives the class of the error.
 func (e *MissingBlobsError) Unwrap() error { return errdefs.ErrFailedPrecondition }
 
+// WrongLayerError says that a blob was decompressed and holds another layer than
+// somebody had said. The record remembers it: the blob is not tried again, nor
+// given out as the layer, and GetByBlob with the same descriptor is refused.
+// Another blob of the layer helps. It is errdefs' DataLoss.
+type WrongLayerError struct {
+	// Blob is the digest of the blob, Holds the DiffID of the layer in it, and
+	// Claimed that of the layer that it was said to hold.
+	Blob, Holds, Claimed digest.Digest
+}
+
+// Error names all three.
+func (e *WrongLayerError) Error() string {
+	return fmt.Sprintf("blob %s holds the layer %s, not %s", e.Blob, e.Holds, e.Claimed)
+}
+
+// Unwrap gives the class of the error.
+func (e *WrongLayerError) Unwrap() error { return errdefs.ErrDataLoss }
+
+// isWrong is the error of a blob of the record that is known to hold another
+// layer, or nil.
+func isWrong(rec *Record, b *Blob) error {
+	if b.Claimed || b.DiffID == "" || rec.DiffID == "" || b.DiffID == rec.DiffID {
+		return nil
+	}
+	return &WrongLayerError{Blob: b.Digest, Holds: b.DiffID, Claimed: rec.DiffID}
+}
+
+// candidates are the blobs of a record that may hold its layer; err says of
+// another one what it holds, if there is one.
+func candidates(rec *Record) (list []Blob, err error) {
+	for i := range rec.Blobs {
+		if werr := isWrong(rec, &rec.Blobs[i]); werr != nil {
+			err = werr
+		} else {
+			list = append(list, rec.Blobs[i])
+		}
+	}
+	return list, err
+}
+
+// expose notes what a blob of e was found to hold, if that is what err says.
+func (m *Manager) expose(ctx context.Context, e *entry, err error) error {
+	var wrong *WrongLayerError
+	if !errors.As(err, &wrong) {
+		return nil
+	}
+	_, err = m.change(context.WithoutCancel(ctx), e, func(_ *metadata.Tx, edit *Edit) error {
+		for i := range edit.rec.Blobs {
+			if b := &edit.rec.Blobs[i]; b.Digest == wrong.Blob {
+				b.Claimed, b.DiffID = false, wrong.Holds
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("note what blob %s holds: %w", wrong.Blob, err)
+	}
+	return nil
+}
+
 // Compression is an algorithm and a level, see package layer.
 type Compression = layer.Compression
 
@@ -89,12 +149,12 @@ type source struct {
 	provider content.Provider
 }
 
-// sources lists the blobs of a layer that can be read: those that are here, then
-// those that somebody offered to provide; in both groups those that are known
-// to hold the layer first.
+// sources lists the blobs of a layer that can be read and are not known to hold
+// another one: those that are here, then those that somebody offered to provide;
+// in both groups those that are known to hold the layer first.
 func (b *blobStore) sources(ctx context.Context, rec *Record) (list []source, err error) {
 	var offered []source
-	blobs := slices.Clone(rec.Blobs)
+	blobs, _ := candidates(rec)
 	slices.SortStableFunc(blobs, func(x, y Blob) int { return compareBools(x.Claimed, y.Claimed) })
 	for _, blob := range blobs {
 		if _, cerr := layer.CompressionOf(blob.MediaType); cerr != nil {

@@ -28,12 +28,18 @@ const (
 	// FindingBlobDigest: a blob's bytes are not those of its digest. Only a
 	// DataSample finds it.
 	FindingBlobDigest = "blob-digest"
+	// FindingBlobLayer: a lazy record has no blob but one that was found to hold
+	// another layer than was said, so its snapshot cannot be made.
+	FindingBlobLayer = "blob-layer"
 )
 
 // blobs compares records with the content store.
 func (c *checking) blobs(ctx context.Context) error {
 	for _, id := range slices.Sorted(maps.Keys(c.byID)) {
 		rec := c.byID[id]
+		if list, wrong := candidates(rec); wrong != nil && len(list) == 0 && rec.State == metadata.Lazy {
+			c.report(Finding{Code: FindingBlobLayer, ID: id, Key: string(rec.Blobs[0].Digest), Message: wrong.Error()})
+		}
 		for _, blob := range rec.Blobs {
 			if !blob.Stored {
 				continue

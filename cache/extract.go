@@ -20,7 +20,8 @@ import (
 // applied, and only then does the snapshot get its name; a wrong one is
 // DataLoss and leaves nothing. Blobs that were not here are kept. Those who
 // extract one layer at a time share the work, which ends when the last of them
-// has left. Errors: *MissingBlobsError before anything is done.
+// has left. Errors: *MissingBlobsError before anything is done;
+// *WrongLayerError where all blobs of a layer turned out to be of others.
 func (r *ImmutableRef) Extract(ctx context.Context) error {
 	m := r.h.m
 	e, done, err := r.h.beginChange()
@@ -77,7 +78,7 @@ func (m *Manager) extractAlone(ctx context.Context, e *entry) error {
 		// An earlier extraction got that far; in another boot the name would
 		// not have survived the open.
 		x.verified = rec.Op != metadata.Merge && rec.Op != metadata.Diff
-	} else if err := x.make(ctx); err != nil {
+	} else if err := x.make(ctx, e); err != nil {
 		return err
 	}
 	m.setUnswapped(rec.ID, true)
@@ -108,7 +109,7 @@ type extraction struct {
 	recorded bool
 }
 
-func (x *extraction) make(ctx context.Context) error {
+func (x *extraction) make(ctx context.Context, e *entry) error {
 	if err := x.m.marks.setDirty(); err != nil {
 		return err
 	}
@@ -116,7 +117,7 @@ func (x *extraction) make(ctx context.Context) error {
 		return err
 	}
 	if x.rec.Op != metadata.Merge && x.rec.Op != metadata.Diff {
-		return x.makeLayer(ctx)
+		return x.makeLayer(ctx, e)
 	}
 	var list []ID
 	err := x.m.store.View(ctx, func(tx *metadata.Tx) (err error) {

@@ -20,7 +20,7 @@ import (
 
 // makeLayer makes the snapshot of a layer from one of its blobs. One that turns
 // out to be damaged is no reason to give up while there is another.
-func (x *extraction) makeLayer(ctx context.Context) error {
+func (x *extraction) makeLayer(ctx context.Context, e *entry) error {
 	m := x.m
 	parent := ""
 	if len(x.rec.Parents) > 0 {
@@ -43,7 +43,7 @@ func (x *extraction) makeLayer(ctx context.Context) error {
 			x.verified, x.from = true, src.blob.Digest
 			return nil
 		}
-		errs = append(errs, err)
+		errs = append(errs, err, m.expose(ctx, e, err))
 		if !is(err, errdefs.ErrDataLoss, errdefs.ErrNotFound, errdefs.ErrInvalidArgument) {
 			break
 		}
@@ -106,7 +106,7 @@ func (x *extraction) applyVerified(ctx context.Context, key string, blob *Blob, 
 		return fmt.Errorf("apply blob %s: %w", blob.Digest, err)
 	}
 	if x.rec.DiffID != "" && done.DiffID != x.rec.DiffID {
-		return fmt.Errorf("blob %s holds the layer %s, not %s: %w", blob.Digest, done.DiffID, x.rec.DiffID, errdefs.ErrDataLoss)
+		return &WrongLayerError{Blob: blob.Digest, Holds: done.DiffID, Claimed: x.rec.DiffID}
 	}
 	if done.Skipped != (layer.Skipped{}) {
 		x.m.log.Warn("parts of a layer could not be kept here", "id", x.rec.ID, "devices", done.Skipped.Devices, "xattrs", done.Skipped.Xattrs)

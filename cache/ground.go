@@ -46,8 +46,8 @@ func (m *Manager) ground(ctx context.Context, e *entry) error {
 	return nil
 }
 
-// requireBlobs fails if the blobs of some lazy layers cannot be had, before
-// anything is done.
+// requireBlobs fails if the blobs of some lazy layers cannot be had, or are known
+// to hold others, before anything is done.
 func (m *Manager) requireBlobs(ctx context.Context, lazy []*Record) error {
 	var missing []digest.Digest
 	for _, rec := range lazy {
@@ -59,11 +59,15 @@ func (m *Manager) requireBlobs(ctx context.Context, lazy []*Record) error {
 			return err
 		}
 		if !ok {
-			d := digest.Digest("")
-			if len(rec.Blobs) > 0 {
-				d = rec.Blobs[0].Digest
+			list, wrong := candidates(rec)
+			switch {
+			case len(list) > 0:
+				missing = append(missing, list[0].Digest)
+			case wrong != nil:
+				return fmt.Errorf("record %s has no other blob: %w", short(rec.ID), wrong)
+			default:
+				missing = append(missing, "")
 			}
-			missing = append(missing, d)
 		}
 	}
 	if len(missing) > 0 {

@@ -29,6 +29,10 @@ type RemotesOptions struct {
 	// Create makes the blobs that are missing. Without it they are an error,
 	// and the record is not even finalized.
 	Create bool
+	// Verify asks for blobs that somebody has decompressed. One of which only
+	// a descriptor says what it holds is read first, which may take a transfer,
+	// or without Create is an error, as if it were missing.
+	Verify bool
 	// SourceDateEpoch, if not nil, is the latest time that a file in the
 	// layers may have. Such blobs are made each time, from the snapshots, and
 	// go with Release, unless they are the layer's own: a layer is found by
@@ -42,6 +46,11 @@ type Remote struct {
 	// Descriptors has one layer each, bottom first, with its DiffID in the
 	// annotation containerd.io/uncompressed.
 	Descriptors []ocispec.Descriptor
+	// Claimed are the blobs among them of which nobody has seen yet whether they
+	// hold the layer that the annotation names: each is the one blob of a layer
+	// that was never extracted here, passed on as it came. Whoever answers for
+	// DiffIDs, by an image's configuration, checks them, or sets Verify.
+	Claimed []digest.Digest
 	// Provider reads the blobs: those that are here, and those for which a
 	// provider was handed in.
 	Provider content.Provider
@@ -70,10 +79,13 @@ func (r *Remote) Release(ctx context.Context) error {
 // for one layer in one form at a time share the work.
 //
 // A blob of which only a descriptor said what layer it holds is decompressed
-// before it stands for a layer of which more is known.
+// before it stands for a layer of which more is known, and before it is given
+// out if it is here and Create is set. Else it is passed on as it came, without
+// a transfer, and listed in Remote.Claimed.
 //
 // Errors: NotFound for a layer without a blob if Create is not set;
 // *MissingBlobsError for one whose blob would have to come from somewhere;
+// *WrongLayerError for one whose blobs are all known to hold others;
 // InvalidArgument for a level that does not exist.
 func (r *ImmutableRef) GetRemotes(ctx context.Context, o RemotesOptions) (_ *Remote, err error) {
 	m := r.h.m
@@ -134,9 +146,15 @@ func (r *Remote) add(ctx context.Context, m *Manager, id ID, o RemotesOptions) e
 		r.Descriptors = append(r.Descriptors, desc)
 		return err
 	}
-	desc, err := m.layerBlob(ctx, id, o)
+	desc, claimed, err := m.layerBlob(ctx, id, o)
+	if err != nil {
+		return err
+	}
 	r.Descriptors = append(r.Descriptors, desc)
-	return err
+	if claimed {
+		r.Claimed = append(r.Claimed, desc.Digest)
+	}
+	return nil
 }
 
 // provider reads blobs of the cache, wherever they are.
@@ -161,29 +179,31 @@ type blobKey struct {
 	force bool
 }
 
-// layerBlob finds a blob of a layer, or makes one.
-func (m *Manager) layerBlob(ctx context.Context, id ID, o RemotesOptions) (desc ocispec.Descriptor, err error) {
+// layerBlob finds a blob of a layer, or makes one. What is claimed is not known
+// to hold it.
+func (m *Manager) layerBlob(ctx context.Context, id ID, o RemotesOptions) (desc ocispec.Descriptor, claimed bool, err error) {
 	rec, err := m.read(ctx, id)
 	if err != nil {
-		return desc, err
+		return desc, false, err
 	}
 	src, ok, err := m.blobs.choose(ctx, rec, o)
 	if err != nil {
-		return desc, err
+		return desc, false, err
 	}
 	if ok {
-		return descriptor(rec, &src.blob), nil
+		return descriptor(rec, &src.blob), src.blob.Claimed, nil
 	}
 	if !o.Create {
 		if err := m.requireBlobs(ctx, []*Record{rec}); err != nil && len(rec.Blobs) > 0 {
-			return desc, err
+			return desc, false, err
 		}
-		return desc, fmt.Errorf("it has no blob like that which is known to hold it: %w", errdefs.ErrNotFound)
+		return desc, false, fmt.Errorf("it has no blob like that which is known to hold it: %w", errdefs.ErrNotFound)
 	}
-	return m.blobbing.do(ctx, &m.running, blobKey{id, o.Compression, o.Force}, func(ctx context.Context) (ocispec.Descriptor, error) {
+	desc, err = m.blobbing.do(ctx, &m.running, blobKey{id, o.Compression, o.Force}, func(ctx context.Context) (ocispec.Descriptor, error) {
 		b := &blobbing{m: m, id: id, o: o}
 		return b.make(ctx)
 	})
+	return desc, false, err
 }
 
 // choose picks a blob that the record has and that can be read: one in the
@@ -195,8 +215,9 @@ func (b *blobStore) choose(ctx context.Context, rec *Record, o RemotesOptions) (
 	if err != nil {
 		return source{}, false, err
 	}
+	all, _ := candidates(rec)
 	list = slices.DeleteFunc(list, func(src source) bool {
-		return src.blob.Claimed && (rec.State != metadata.Lazy || len(rec.Blobs) > 1 || o.Create && src.stored)
+		return src.blob.Claimed && (o.Verify || rec.State != metadata.Lazy || len(all) > 1 || o.Create && src.stored)
 	})
 	for _, src := range list {
 		if src.has(o.Compression.Algorithm) {
@@ -234,8 +255,11 @@ func (b *blobbing) make(ctx context.Context) (desc ocispec.Descriptor, err error
 	defer m.unuse(e)
 	rec := m.current(e)
 	if b.o.SourceDateEpoch == nil {
-		// Somebody may have made it since we looked.
-		src, ok, err := m.blobs.choose(ctx, rec, b.o)
+		// Somebody may have made it since we looked. That is not said of what
+		// is made, so it is never a claim.
+		o := b.o
+		o.Verify = true
+		src, ok, err := m.blobs.choose(ctx, rec, o)
 		if err != nil || ok {
 			return descriptor(rec, &src.blob), err
 		}
@@ -265,6 +289,9 @@ func (b *blobbing) fromBlobs(ctx context.Context, e *entry) (desc ocispec.Descri
 		} else {
 			desc, err = b.put(ctx, e, func(w io.Writer) (madeBlob, error) { return b.convert(ctx, m.current(e), src, w) })
 		}
+		if eerr := m.expose(ctx, e, err); eerr != nil {
+			return desc, true, errors.Join(err, eerr)
+		}
 		if !src.blob.Claimed || !is(err, errdefs.ErrDataLoss, errdefs.ErrNotFound, errdefs.ErrInvalidArgument) {
 			return desc, true, err
 		}
@@ -285,7 +312,7 @@ func (b *blobbing) prove(ctx context.Context, e *entry, src source) (desc ocispe
 		return desc, err
 	}
 	if want := b.m.current(e).DiffID; d != want {
-		return desc, fmt.Errorf("blob %s holds the layer %s, not %s: %w", src.blob.Digest, d, want, errdefs.ErrDataLoss)
+		return desc, &WrongLayerError{Blob: src.blob.Digest, Holds: d, Claimed: want}
 	}
 	rec, err := b.m.change(ctx, e, func(_ *metadata.Tx, edit *Edit) error {
 		for i := range edit.rec.Blobs {
@@ -322,7 +349,8 @@ func (b *blobbing) put(ctx context.Context, e *entry, write func(io.Writer) (mad
 // requireOriginal says that the blob of a layer is needed that it came as.
 func (m *Manager) requireOriginal(rec *Record) error {
 	missing := &MissingBlobsError{}
-	for _, blob := range rec.Blobs[:min(1, len(rec.Blobs))] {
+	list, _ := candidates(rec)
+	for _, blob := range list[:min(1, len(list))] {
 		missing.Digests = append(missing.Digests, blob.Digest)
 	}
 	return fmt.Errorf("the layer %s cannot be written again from its snapshot: %w", rec.DiffID, missing)

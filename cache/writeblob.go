@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -72,7 +71,7 @@ func (b *blobbing) convert(ctx context.Context, rec *Record, src source, w io.Wr
 	}
 	made.DiffID = sum.Digest()
 	if rec.DiffID != "" && made.DiffID != rec.DiffID {
-		return made, fmt.Errorf("blob %s holds the layer %s, not %s: %w", src.blob.Digest, made.DiffID, rec.DiffID, errdefs.ErrDataLoss)
+		return made, &WrongLayerError{Blob: src.blob.Digest, Holds: made.DiffID, Claimed: rec.DiffID}
 	}
 	made.desc = ocispec.Descriptor{
 		MediaType: b.o.Compression.Algorithm.MediaType(), Digest: out.sum.Digest(), Size: out.n,

@@ -133,6 +133,13 @@ func (b *planner) settle(f *fate) {
 		}
 	}
 	addVariants(it.rec, b.s.Blobs)
+	if it.rec.State == metadata.Lazy {
+		// What such a blob holds the old daemon knew from its descriptor only.
+		for i := range it.rec.Blobs {
+			blob := &it.rec.Blobs[i]
+			blob.Claimed = blob.DiffID != blob.Digest
+		}
+	}
 	if err := metadata.Validate(it.rec); err != nil {
 		f.drop("it cannot be kept here: %v", err)
 		return

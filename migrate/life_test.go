@@ -66,7 +66,14 @@ func TestTreesStay(t *testing.T) {
 				}
 				ref, err := m.Get(t.Context(), cache.ID(id), cache.GetOptions{})
 				require.NoError(t, err)
+				lazy := ref.Record().State == metadata.Lazy
+				for _, b := range ref.Record().Blobs {
+					require.Equal(t, lazy && b.DiffID != b.Digest, b.Claimed, "what nobody here has read of blob %s of %s", b.Digest, id)
+				}
 				require.NoError(t, ref.Extract(t.Context()), id)
+				if blobs := ref.Record().Blobs; lazy && len(blobs) > 0 {
+					require.True(t, slices.ContainsFunc(blobs, func(b cache.Blob) bool { return !b.Claimed }), "one was applied")
+				}
 				require.NoError(t, ref.Release(t.Context()))
 			}
 			_, err := m.Sync(t.Context())
