@@ -2,6 +2,7 @@ package cache_test
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -12,6 +13,8 @@ import (
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/cache/policy"
+	"github.com/lamina-build/lamina/layer"
+	"github.com/lamina-build/lamina/snapshot/snapshottest"
 )
 
 // collecting is a store that collects by itself, with a clock and a disk of its
@@ -23,18 +26,32 @@ type collecting struct {
 	// begun gets a line for each collection, ended its sums.
 	begun chan string
 	ended chan cache.Pruned
+	// looked gets something each time that somebody was given the figures of
+	// the disk, which is what a round of the collector begins with.
+	looked chan struct{}
 }
 
 // newCollecting opens a store with these policies. change, if not nil, adapts
 // the options.
 func newCollecting(t *testing.T, change func(*cache.CollectOptions), ps ...policy.Policy) *collecting {
-	c := &collecting{begun: make(chan string, 100), ended: make(chan cache.Pruned, 100)}
+	return newCollectingOn(t, nativeKind, change, ps...)
+}
+
+func newCollectingOn(t *testing.T, k kind, change func(*cache.CollectOptions), ps ...policy.Policy) *collecting {
+	c := &collecting{begun: make(chan string, 100), ended: make(chan cache.Pruned, 100), looked: make(chan struct{}, 1000)}
 	c.clock.Store(time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC).UnixNano())
 	c.free.Store(1 << 40)
-	c.world = newWorld(t, nativeKind)
+	c.world = newWorld(t, k)
 	c.opts = func(o *cache.Options) {
 		o.Now = func() time.Time { return time.Unix(0, c.clock.Load()) }
-		o.Disk = func() (policy.Disk, error) { return policy.Disk{Total: 1 << 41, Free: c.free.Load()}, nil }
+		o.Disk = func() (policy.Disk, error) {
+			free := c.free.Load()
+			select {
+			case c.looked <- struct{}{}:
+			default: // the tests that count them are short
+			}
+			return policy.Disk{Total: 1 << 41, Free: free}, nil
+		}
 		o.Collect = &cache.CollectOptions{
 			Policies: ps, Every: time.Hour, Pause: -1,
 			OnPlan:      func(why string, _ *policy.Plan) { c.begun <- why },
@@ -130,41 +147,107 @@ func TestCollectForTheDisk(t *testing.T) {
 }
 
 // TestCollectForLayers: what is extracted, and what is written as a blob, takes
-// room of the disk as what is committed does.
+// room of the disk as what is committed does. The collector has nothing else to
+// go by: the store is opened anew, and it has looked once, before the disk is
+// full.
 func TestCollectForLayers(t *testing.T) {
-	for name, prepare := range map[string]func(c *collecting) (imm *cache.ImmutableRef, do func() error){
-		"extract": func(c *collecting) (*cache.ImmutableRef, func() error) {
-			ref, _ := c.chainOf(1, newRegistry())
-			return ref, func() error { return ref.Extract(c.ctx) }
-		},
-		"merge": func(c *collecting) (*cache.ImmutableRef, func() error) {
-			a, b := c.layer(nil, "a", "1"), c.layer(nil, "b", "1")
-			ref := c.merge(a, b)
-			c.release(a, b)
-			return ref, func() error { return ref.Extract(c.ctx) }
-		},
-		"blob": func(c *collecting) (*cache.ImmutableRef, func() error) {
-			ref := c.layer(nil, "a", "1")
-			return ref, func() error {
-				r, err := ref.GetRemotes(c.ctx, gzipped)
-				if err != nil {
-					return err
-				}
-				return r.Release(c.ctx)
+	force := cache.RemotesOptions{Create: true, Force: true, Compression: cache.Compression{Algorithm: layer.Zstd}}
+	give := func(o cache.RemotesOptions) func(*collecting, *cache.ImmutableRef) error {
+		return func(c *collecting, ref *cache.ImmutableRef) error {
+			r, err := ref.GetRemotes(c.ctx, o)
+			if err != nil {
+				return err
 			}
-		},
+			return r.Release(c.ctx)
+		}
+	}
+	extract := func(c *collecting, ref *cache.ImmutableRef) error { return ref.Extract(c.ctx) }
+	here := func(c *collecting) *cache.ImmutableRef {
+		b := pack(c, layer.Gzip, layerTar(c, file{name: "a", text: "1"}))
+		c.store(b)
+		return c.byBlob(b, nil, nil)
+	}
+	for name, tt := range map[string]struct {
+		prepare func(c *collecting) *cache.ImmutableRef
+		do      func(c *collecting, ref *cache.ImmutableRef) error
+		tree    string
+	}{
+		"extract": {here, extract, "a=1"},
+		"mount": {here, func(c *collecting, ref *cache.ImmutableRef) error {
+			mnt, err := ref.Mount(c.ctx)
+			if err != nil {
+				return err
+			}
+			return mnt.Unmount()
+		}, "a=1"},
+		"merge": {func(c *collecting) *cache.ImmutableRef {
+			a, b := c.layer(nil, "a", "1"), c.layer(nil, "b", "2")
+			defer c.release(a, b)
+			return c.merge(a, b)
+		}, extract, "a=1 b=2"},
+		"diff": {func(c *collecting) *cache.ImmutableRef {
+			a, b := c.layer(nil, "a", "1"), c.layer(nil, "b", "2")
+			defer c.release(a, b)
+			return c.diff(a, b)
+		}, extract, "b=2"},
+		"blob": {func(c *collecting) *cache.ImmutableRef {
+			ref := c.layer(nil, "a", "1")
+			require.NoError(c, ref.Finalize(c.ctx))
+			return ref
+		}, give(gzipped), "a=1"},
+		"converted": {here, give(force), "a=1"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := newCollecting(t, nil, policy.Policy{MinFree: policy.Bytes(1 << 30)})
-			c.fill(1, nil)
-			ref, do := prepare(c)
-			c.free.Store(1<<30 - 1)
-			require.NoError(t, do())
-			require.Contains(t, <-c.begun, "above")
-			require.Equal(t, 1, (<-c.ended).Removed)
-			c.release(ref)
-			c.free.Store(1 << 40)
-			c.stop()
+			for _, k := range []kind{overlayKind, nativeKind} {
+				t.Run(k.name, func(t *testing.T) {
+					c := newCollectingOn(t, k, nil, policy.Policy{MinFree: policy.Bytes(1 << 30)})
+					collects := c.opts
+					c.opts = func(o *cache.Options) { collects(o); o.Collect = nil }
+					c.reopenStore()
+					victims, _ := c.fill(1, nil)
+					ref := tt.prepare(c)
+					id := ref.ID()
+					c.release(ref)
+					before := c.left()
+					c.closeStore()
+					for len(c.looked) > 0 {
+						<-c.looked
+					}
+					// Who measures records says that they have grown, too, but
+					// somewhat later.
+					looked := make(chan struct{})
+					c.opts = func(o *cache.Options) {
+						collects(o)
+						c.driver.Hook(func(call snapshottest.Call) error {
+							if call.Op == "Usage" {
+								<-looked
+							}
+							return nil
+						}, nil)
+					}
+					c.reopenStore()
+					for range 2 {
+						<-c.looked // its policies were proven, and its first round began
+					}
+					ref = c.get(id)
+					c.free.Store(1<<30 - 1)
+					require.NoError(t, tt.do(c, ref))
+					select {
+					case <-c.looked:
+						close(looked)
+					case <-time.After(time.Minute):
+						close(looked)
+						require.Fail(t, "nobody looked at the disk")
+					}
+					require.Contains(t, <-c.begun, "above")
+					require.Equal(t, 1, (<-c.ended).Removed)
+					require.Equal(t, slices.DeleteFunc(before, func(id cache.ID) bool { return id == victims[0] }), c.left())
+					require.Equal(t, tt.tree, c.tree(ref))
+					c.release(ref)
+					c.free.Store(1 << 40)
+					c.stop()
+				})
+			}
 		})
 	}
 }
