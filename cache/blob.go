@@ -281,7 +281,7 @@ func (m *Manager) readDiffID(ctx context.Context, desc ocispec.Descriptor, ra co
 		return "", err
 	}
 	sum := digest.SHA256.Digester()
-	_, err = io.Copy(sum.Hash(), r)
+	_, err = m.limits.Copy(sum.Hash(), r)
 	err = r.explain(errors.Join(err, r.Close()))
 	if err != nil {
 		return "", fmt.Errorf("read blob %s to find its DiffID: %w", desc.Digest, err)

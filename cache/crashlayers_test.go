@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"hash/maphash"
 	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -39,8 +43,9 @@ type layerStore struct {
 	refs map[string]*cache.ImmutableRef
 	// blobs of each record, bottom first, to hand in providers again.
 	chains [][]blob
-	// c knows which stores were looked at.
-	c *crashTest
+	// c knows which stores were looked at, cut at which steps.
+	c   *crashTest
+	cut map[string]bool
 }
 
 // know notes a record and what it shows.
@@ -135,9 +140,12 @@ func TestLayersCrashAtEveryStep(t *testing.T) {
 	if underRace {
 		t.Skip("one goroutine has no races, and takes five times as long: hack/test runs it without")
 	}
+	cut, all := map[string]bool{}, true
 	for _, k := range []kind{overlayKind, nativeKind} {
 		for _, sc := range layerScenarios {
+			ran := false
 			t.Run(k.name+"/"+sc.name, func(t *testing.T) {
+				ran = true
 				dir := fastDir(t)
 				rec := &recorder{dir: dir}
 				w := newWorldIn(t, k, filepath.Join(dir, "store"), rec.step)
@@ -155,6 +163,8 @@ func TestLayersCrashAtEveryStep(t *testing.T) {
 				rec.on = false
 				require.NoError(t, rec.copy("acknowledged"))
 				require.Greater(t, len(rec.copies), 2)
+				s.cut = cut
+				s.note(rec)
 				settled := 0
 				for _, at := range rec.copies {
 					twin := at.dir + "-twin"
@@ -164,7 +174,80 @@ func TestLayersCrashAtEveryStep(t *testing.T) {
 				}
 				t.Logf("rig: cut at %d steps: %d stores settled", len(rec.copies), settled)
 			})
+			all = all && ran
 		}
+	}
+	if all {
+		everyStepIsCut(t, cut)
+	}
+}
+
+// cutElsewhere are the steps of this package and of the drivers that no scenario
+// of layers comes to, with the tests that cut them.
+var cutElsewhere = map[string]string{}
+
+// everyStepIsCut asserts that no step of the source is missing in the scenarios,
+// so that a new one is not forgotten.
+func everyStepIsCut(t *testing.T, cut map[string]bool) {
+	named := map[string]bool{}
+	for _, dir := range []string{".", "../snapshot"} {
+		stepsNamed(t, dir, named)
+	}
+	require.Greater(t, len(named), 40)
+	var uncut, twice, gone []string
+	for step := range named {
+		switch where := cutElsewhere[step]; {
+		case where == "" && !cut[step]:
+			uncut = append(uncut, step)
+		case where != "" && cut[step]:
+			twice = append(twice, step)
+		}
+	}
+	for step := range cutElsewhere {
+		if !named[step] {
+			gone = append(gone, step)
+		}
+	}
+	slices.Sort(uncut)
+	require.Empty(t, uncut, "no scenario cuts these; is there one that comes to them?")
+	require.Empty(t, twice, "are cut here, too")
+	require.Empty(t, gone, "there are no such steps")
+}
+
+// stepsNamed collects the names of the durable steps in a package: they are the
+// first argument of what announces them.
+func stepsNamed(t *testing.T, dir string, named map[string]bool) {
+	names, err := filepath.Glob(filepath.Join(dir, "*.go"))
+	require.NoError(t, err)
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+		require.NoError(t, err)
+		ast.Inspect(f, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok || len(call.Args) == 0 {
+				return true
+			}
+			fun, ok := call.Fun.(*ast.SelectorExpr)
+			if !ok || !slices.Contains([]string{"step", "Step", "rename", "leave"}, fun.Sel.Name) {
+				return true
+			}
+			if text, ok := call.Args[0].(*ast.BasicLit); ok && text.Kind == token.STRING {
+				step, err := strconv.Unquote(text.Value)
+				require.NoError(t, err)
+				named[step] = true
+			}
+			return true
+		})
+	}
+}
+
+// note notes the steps at which copies were made.
+func (s *layerStore) note(rec *recorder) {
+	for _, at := range rec.copies {
+		s.cut[at.step] = true
 	}
 }
 
@@ -189,6 +272,7 @@ func (s *layerStore) survives(what, root, boot string, deep bool) (settled int) 
 	m, err := cache.Open(s.ctx, cache.Options{Root: root, DriverName: s.kind.name, BootID: boot, Step: rec.step, FlushInterval: -1, SyncInterval: -1})
 	require.NoError(s, err, what)
 	rec.on = false
+	s.note(rec)
 	s.examine(what, m)
 	require.NoError(s, m.Close(), what)
 	for _, at := range rec.copies {

@@ -67,7 +67,8 @@ type Options struct {
 	// metadata store has: blobs are given up by their labels only, never
 	// deleted.
 	ContentGC bool
-	// LayerLimits bound what one layer may hold that is extracted. The zero
+	// LayerLimits bound what one layer may hold that is extracted; Bytes also
+	// what is unpacked of a blob to read or to convert it. The zero
 	// value has defaults.
 	LayerLimits layer.Limits
 

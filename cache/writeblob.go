@@ -59,7 +59,7 @@ func (b *blobbing) convert(ctx context.Context, rec *Record, src source, w io.Wr
 	out := &meter{w: w, sum: digest.SHA256.Digester()}
 	z, err := layer.Compress(out, b.o.Compression)
 	if err == nil {
-		_, err = io.Copy(z, io.TeeReader(r, sum.Hash()))
+		_, err = b.m.limits.Copy(z, io.TeeReader(r, sum.Hash()))
 		err = errors.Join(err, z.Close())
 	}
 	err = errors.Join(err, r.Close())

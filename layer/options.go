@@ -2,6 +2,7 @@ package layer
 
 import (
 	"fmt"
+	"io"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -114,6 +115,29 @@ func (l Limits) withDefaults() (Limits, error) {
 		l.NameBytes = 4095
 	}
 	return l, nil
+}
+
+// Copy copies an uncompressed layer from r to its end, and says how long it is.
+// One that is longer than Bytes ends in ResourceExhausted, and no more than that
+// is written of it: what a small blob unpacks to is bounded for those, too, who
+// do not apply it.
+func (l Limits) Copy(w io.Writer, r io.Reader) (int64, error) {
+	l, err := l.withDefaults()
+	if err != nil {
+		return 0, err
+	}
+	n, err := io.Copy(w, io.LimitReader(r, l.Bytes))
+	if err != nil || n < l.Bytes {
+		return n, err
+	}
+	more, err := io.CopyN(io.Discard, r, 1)
+	if more > 0 {
+		return n, exhausted("the layer is longer than %d bytes", l.Bytes)
+	}
+	if err == io.EOF { //nolint:errorlint // the end is io.EOF itself, as of every reader
+		err = nil
+	}
+	return n, err
 }
 
 // Applied says what was applied.
