@@ -5,13 +5,13 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	digest "github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/layer"
@@ -76,16 +76,41 @@ func (h *layersHistory) random(from ltree, dir string) ltree {
 	for range 1 + h.rng.IntN(6) {
 		p := h.path(t)
 		was := t[p]
-		switch n := h.rng.IntN(10); {
+		switch n := h.rng.IntN(14); {
 		case n < 2 && was != nil:
 			apply(func() error { return os.RemoveAll(filepath.Join(dir, p)) })
 			t.remove(p)
 			gone[p] = true
-		case n == 2 && was != nil && was.kind == 'd':
-			c := *was
-			c.mode = []uint32{0o700, 0o755, 0o1777, 0o2750}[h.rng.IntN(4)]
-			t[p] = &c
-			apply(func() error { return unix.Chmod(filepath.Join(dir, p), c.mode) })
+		case n < 4 && was != nil && was.kind != 'l' && t.names(was) == 1:
+			// Of several names overlayfs changes one.
+			c := h.changed(was)
+			t[p] = c
+			apply(func() error { return c.set(filepath.Join(dir, p)) })
+		case n == 4 && was != nil && was.kind != 'd' && t.names(was) == 1:
+			// Away and back is no change.
+			for _, names := range [][2]string{{p, "t"}, {"t", p}} {
+				apply(func() error { return os.Rename(filepath.Join(dir, names[0]), filepath.Join(dir, names[1])) })
+			}
+		case n == 5 && was != nil && was.kind != 'd' && t.names(was) == 1:
+			q := p + "-moved"
+			if t[q] != nil || gone[q] {
+				continue
+			}
+			apply(func() error { return os.Rename(filepath.Join(dir, p), filepath.Join(dir, q)) })
+			t.remove(p)
+			t[q] = was
+		case n == 6 && was == nil && from[p] == nil && !gone[p]:
+			// As npm and git do it.
+			d, f := h.node(), h.node()
+			d.kind, f.kind, d.capability, d.text, d.stamp = 'd', 'f', false, "", 0
+			for _, made := range []struct {
+				n  *node
+				at string
+			}{{d, "t"}, {f, "t/" + path.Base(p)}} {
+				apply(func() error { return made.n.make(dir, made.at) })
+			}
+			apply(func() error { return os.Rename(filepath.Join(dir, "t"), filepath.Join(dir, p)) })
+			t[p], t[path.Join(p, path.Base(p))] = d, f
 		default:
 			made := h.node()
 			if gone[p] && made.kind == 'd' || was != nil && was.kind == 'd' && made.kind == 'd' {
@@ -98,7 +123,7 @@ func (h *layersHistory) random(from ltree, dir string) ltree {
 			}
 			apply(func() error { return made.make(dir, p) })
 			t[p] = made
-			if q := p + "-too"; made.kind == 'f' && n == 9 && t[q] == nil {
+			if q := p + "-too"; made.kind == 'f' && n >= 12 && t[q] == nil {
 				apply(func() error { return os.Link(filepath.Join(dir, p), filepath.Join(dir, q)) })
 				t[q] = made
 			}
@@ -120,19 +145,34 @@ func (h *layersHistory) path(t ltree) string {
 
 func (h *layersHistory) node() *node {
 	h.stamp++
-	n := &node{kind: "ddffffl"[h.rng.IntN(7)], mode: []uint32{0o644, 0o755, 0o4755, 0o600}[h.rng.IntN(4)], text: fmt.Sprint("text ", h.stamp), stamp: h.stamp}
+	n := &node{kind: "ddffffl"[h.rng.IntN(7)], text: fmt.Sprint("text ", h.stamp), stamp: h.stamp}
 	switch n.kind {
 	case 'd':
-		n.mode, n.text, n.stamp = 0o755, "", 0
+		n.text, n.stamp = "", 0
 	case 'l':
-		n.mode = 0o777
-	default:
-		if h.rng.IntN(4) == 0 {
-			n.xattr = fmt.Sprint("x", h.stamp)
-		}
+		n.mode, n.owner = 0o777, h.owner()
+		return n
 	}
-	return n
+	return h.changed(n)
 }
+
+// changed is a file or directory with other attributes.
+func (h *layersHistory) changed(n *node) *node {
+	c := *n
+	c.owner = h.owner()
+	c.mode = []uint32{0o644, 0o755, 0o4755, 0o6711, 0o600}[h.rng.IntN(5)]
+	if n.kind == 'd' {
+		c.mode = []uint32{0o700, 0o755, 0o1777, 0o2750}[h.rng.IntN(4)]
+	}
+	c.capability = n.kind == 'f' && h.rng.IntN(5) == 0
+	if h.rng.IntN(4) == 0 {
+		h.stamp++
+		c.xattr = fmt.Sprint("x", h.stamp)
+	}
+	return &c
+}
+
+func (h *layersHistory) owner() int { return []int{0, 0, 7, 65533}[h.rng.IntN(4)] }
 
 // takeIn makes a layer as a blob over a record.
 func (h *layersHistory) takeIn(Op) {
@@ -145,7 +185,14 @@ func (h *layersHistory) takeIn(Op) {
 	if parent != nil {
 		from, x.on, x.layers = parent.tree, []*lrecord{parent}, slices.Clone(parent.layers)
 	}
-	own := change(from, h.random(from, ""))
+	to := h.random(from, "")
+	own := change(from, to)
+	for _, p := range slices.Sorted(maps.Keys(to)) {
+		if to[p].kind == 'd' && h.rng.IntN(3) == 0 {
+			own.enter(to, p)
+			own[path.Join(p, opaqueName)] = &node{kind: 'o'}
+		}
+	}
 	x.tree, x.layers = own.over(from), append(x.layers, &own)
 	data, err := own.tar()
 	h.must(err, "write a layer")

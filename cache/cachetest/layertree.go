@@ -21,12 +21,20 @@ import (
 
 // node is a file, directory or symbolic link. Names of one file share it.
 type node struct {
-	kind  byte // d, f, l
-	mode  uint32
-	text  string // content, or target
-	xattr string // of user.k, files only
-	stamp int64  // the modification time, of directories none
+	kind       byte // d, f, l; o is the mark of an opaque directory in a layer
+	mode       uint32
+	owner      int    // and group, which is one more
+	text       string // content, or target
+	xattr      string // of user.k, of files and directories
+	capability bool   // files only
+	stamp      int64  // the modification time, of directories none
 }
+
+// opaqueName in a directory of a layer hides what lies below.
+const opaqueName = ".wh..wh..opq"
+
+// netRaw is a capability as files have it.
+const netRaw = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 
 func (n *node) like(o *node) bool { return n != nil && o != nil && *n == *o }
 
@@ -40,6 +48,16 @@ func (t ltree) remove(p string) {
 			delete(t, q)
 		}
 	}
+}
+
+// names counts the names of a file.
+func (t ltree) names(n *node) (count int) {
+	for _, o := range t {
+		if o == n {
+			count++
+		}
+	}
+	return count
 }
 
 // list describes the tree for comparison, with the names of each file.
@@ -59,7 +77,7 @@ func (n *node) describe(names []string) string {
 	if len(names) < 2 {
 		names = nil
 	}
-	return fmt.Sprintf("%c %o %q %q %d %q", n.kind, n.mode, n.text, n.xattr, n.stamp, names)
+	return fmt.Sprintf("%c %o %d %q %q %t %d %q", n.kind, n.mode, n.owner, n.text, n.xattr, n.capability, n.stamp, names)
 }
 
 // llayer is what a tar holds: nil stands for a whiteout.
@@ -69,25 +87,26 @@ type llayer map[string]*node
 // directories above it.
 func change(from, to ltree) llayer {
 	l := llayer{}
-	up := func(p string) {
-		for p = path.Dir(p); p != "."; p = path.Dir(p) {
-			l[p] = to[p]
-		}
-	}
 	for p, n := range to {
 		if !n.like(from[p]) {
-			l[p] = n
-			up(p)
+			l.enter(to, p)
 		}
 	}
 	for p := range from {
 		above := to[path.Dir(p)]
 		if to[p] == nil && (path.Dir(p) == "." || above != nil && above.kind == 'd' && from[path.Dir(p)].kind == 'd') {
 			l[p] = nil
-			up(p)
+			l.enter(to, path.Dir(p))
 		}
 	}
 	return l
+}
+
+// enter adds an entry of a tree, and the directories above it.
+func (l llayer) enter(t ltree, p string) {
+	for ; p != "."; p = path.Dir(p) {
+		l[p] = t[p]
+	}
 }
 
 // over applies the layer to a tree. Its files are its own.
@@ -98,13 +117,20 @@ func (l llayer) over(t ltree) ltree {
 	}
 	paths := slices.Sorted(maps.Keys(l))
 	for _, p := range paths {
-		if l[p] == nil {
+		switch n := l[p]; {
+		case n == nil:
 			out.remove(p)
+		case n.kind == 'o':
+			for q := range out {
+				if strings.HasPrefix(q, path.Dir(p)+"/") {
+					delete(out, q)
+				}
+			}
 		}
 	}
 	for _, p := range paths {
 		n := l[p]
-		if n == nil {
+		if n == nil || n.kind == 'o' {
 			continue
 		}
 		if was := out[p]; was == nil || was.kind != 'd' || n.kind != 'd' {
@@ -139,10 +165,19 @@ func (l llayer) tar() ([]byte, error) {
 		switch {
 		case n == nil:
 			h.Name, h.Typeflag = path.Join(path.Dir(p), ".wh."+path.Base(p)), tar.TypeReg
+		case n.kind == 'o':
+			h.Typeflag = tar.TypeReg
 		case first[n] != "":
 			h.Typeflag, h.Linkname = tar.TypeLink, first[n]
 		default:
 			h.Mode, h.ModTime = int64(n.mode), time.Unix(n.stamp, 0)
+			h.Uid, h.Gid, h.PAXRecords = n.owner, n.owner+1, map[string]string{}
+			if n.xattr != "" {
+				h.PAXRecords["SCHILY.xattr.user.k"] = n.xattr
+			}
+			if n.capability {
+				h.PAXRecords["SCHILY.xattr.security.capability"] = netRaw
+			}
 			switch n.kind {
 			case 'd':
 				h.Typeflag = tar.TypeDir
@@ -150,9 +185,6 @@ func (l llayer) tar() ([]byte, error) {
 				h.Typeflag, h.Linkname = tar.TypeSymlink, n.text
 			default:
 				h.Typeflag, h.Size = tar.TypeReg, int64(len(n.text))
-				if n.xattr != "" {
-					h.PAXRecords = map[string]string{"SCHILY.xattr.user.k": n.xattr}
-				}
 				first[n] = p
 			}
 		}
@@ -175,21 +207,38 @@ func (n *node) make(dir, p string) error {
 	var err error
 	switch n.kind {
 	case 'd':
-		if err = os.Mkdir(at, 0o700); err == nil {
-			err = unix.Chmod(at, n.mode)
-		}
-		return err
+		err = os.Mkdir(at, 0o700)
 	case 'l':
 		err = os.Symlink(n.text, at)
 	default:
-		if err = os.WriteFile(at, []byte(n.text), 0o600); err == nil && n.xattr != "" {
-			err = unix.Setxattr(at, "user.k", []byte(n.xattr), 0)
-		}
-		if err == nil {
-			err = unix.Chmod(at, n.mode)
-		}
+		err = os.WriteFile(at, []byte(n.text), 0o600)
 	}
 	if err != nil {
+		return err
+	}
+	return n.set(at)
+}
+
+// set gives a file that is there its attributes. A new owner takes set-id bits
+// and capabilities away, so that comes first.
+func (n *node) set(at string) error {
+	err := unix.Lchown(at, n.owner, n.owner+1)
+	if err == nil && n.kind != 'l' {
+		err = unix.Chmod(at, n.mode)
+	}
+	if err == nil && n.xattr != "" {
+		err = unix.Setxattr(at, "user.k", []byte(n.xattr), 0)
+	}
+	switch {
+	case err == nil && n.capability:
+		err = unix.Setxattr(at, "security.capability", []byte(netRaw), 0)
+	case err == nil && n.kind == 'f':
+		// Not every file system takes it away with a new owner.
+		if err = unix.Removexattr(at, "security.capability"); err == unix.ENODATA { //nolint:errorlint // of a system call
+			err = nil
+		}
+	}
+	if err != nil || n.kind == 'd' {
 		return err
 	}
 	when := unix.Timespec{Sec: n.stamp}
@@ -211,26 +260,27 @@ func readLayers(dir string) (map[string]string, error) {
 		if err != nil {
 			return err
 		}
-		n := &node{mode: st.Mode & 0o7777, stamp: st.Mtim.Sec}
+		n := &node{mode: st.Mode & 0o7777, owner: int(st.Uid), stamp: st.Mtim.Sec}
+		if st.Gid != st.Uid+1 {
+			return fmt.Errorf("%s has owner %d:%d", p, st.Uid, st.Gid)
+		}
 		switch st.Mode & unix.S_IFMT {
 		case unix.S_IFDIR:
 			n.kind, n.stamp = 'd', 0
+			n.readXattrs(at)
 		case unix.S_IFLNK:
 			n.kind = 'l'
 			n.text, err = os.Readlink(at)
 		case unix.S_IFREG:
-			if n = inodes[st.Ino]; n != nil {
+			if was := inodes[st.Ino]; was != nil {
+				n = was
 				break
 			}
-			n = &node{kind: 'f', mode: st.Mode & 0o7777, stamp: st.Mtim.Sec}
-			inodes[st.Ino] = n
+			n.kind, inodes[st.Ino] = 'f', n
+			n.readXattrs(at)
 			var data []byte
 			data, err = os.ReadFile(at)
 			n.text = string(data)
-			var value [64]byte
-			if size, xerr := unix.Getxattr(at, "user.k", value[:]); xerr == nil {
-				n.xattr = string(value[:size])
-			}
 		default:
 			return fmt.Errorf("%s has type %o", p, st.Mode&unix.S_IFMT)
 		}
@@ -238,4 +288,13 @@ func readLayers(dir string) (map[string]string, error) {
 		return err
 	})
 	return t.list(), err
+}
+
+func (n *node) readXattrs(at string) {
+	var value [64]byte
+	if size, err := unix.Lgetxattr(at, "user.k", value[:]); err == nil {
+		n.xattr = string(value[:size])
+	}
+	size, err := unix.Lgetxattr(at, "security.capability", value[:])
+	n.capability = err == nil && string(value[:size]) == netRaw
 }
