@@ -583,6 +583,13 @@ func TestSettleChainInTrash(t *testing.T) {
 	// This one was about to be refused: k is its child.
 	require.NoError(t, os.Rename(at("committed", "l1"), at("trash", "l1~cKILLED")))
 
+	cut := settleKilled(t, snapshot.Native, root)
+	require.Greater(t, len(cut), 3)
+	for _, crash := range cut {
+		d := openWith(t, snapshot.Native, crash, &steps{})
+		require.NoError(t, d.Settle(t.Context()))
+		require.Equal(t, want, look(t, d), "killed while it settled")
+	}
 	again := openWith(t, snapshot.Native, root, &steps{})
 	require.NoError(t, again.Settle(t.Context()))
 	require.Equal(t, want, look(t, again))
