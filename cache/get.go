@@ -74,9 +74,12 @@ func (m *Manager) Search(ctx context.Context, key string) (ids []ID, err error) 
 	}
 	defer end()
 	err = m.store.View(ctx, func(tx *metadata.Tx) error {
-		ids = slices.Sorted(tx.ByIndex(key))
+		for id := range tx.ByIndex(key) {
+			ids = append(ids, id)
+		}
 		return nil
 	})
+	slices.Sort(ids)
 	return ids, err
 }
 

@@ -29,6 +29,8 @@ type handle struct {
 
 	checked checkedPages
 	roots   knownRoots
+	// trees are those of transactions that have ended, for the room in them.
+	trees sync.Pool
 
 	mu sync.Mutex
 	// Guarded by mu.

@@ -49,7 +49,13 @@ func (tx *Tx) fail(err error) {
 func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
 	info := b.DB().Info()
 	size := uint64(info.PageSize)
-	t := &tree{src: mapped(b, info), pageSize: size, used: uint64(b.Size()) / size, root: uint64(b.Cursor().Bucket().Root())}
+	t := new(tree)
+	if h != nil {
+		if had, ok := h.trees.Get().(*tree); ok {
+			t = had
+		}
+	}
+	t.src, t.pageSize, t.used, t.root = mapped(b, info), size, uint64(b.Size())/size, uint64(b.Cursor().Bucket().Root())
 	if h == nil {
 		t.checked = &checkedPages{}
 	} else {
@@ -219,7 +225,7 @@ func (c *cursor) seek(key []byte) (k, v []byte, ok bool) {
 			if err != nil || !ok {
 				return false, err
 			}
-			c.reads = treeCursor{t: c.tx.tree, root: b}
+			c.reads = c.tx.tree.walk(b)
 		}
 		return c.reads.seek(key)
 	}, func(b *bolt.Cursor) ([]byte, []byte) { return b.Seek(key) }, key)
@@ -287,6 +293,7 @@ func (c *cursor) look(key []byte) error {
 func (tx *Tx) scan(bucket string, prefix []byte) iter.Seq2[[]byte, []byte] {
 	return func(yield func(k, v []byte) bool) {
 		c := tx.cursor(bucket)
+		defer c.reads.end()
 		for k, v, ok := c.seek(prefix); ok && bytes.HasPrefix(k, prefix); k, v, ok = c.next() {
 			if !yield(k, v) {
 				return

@@ -373,6 +373,9 @@ func (tx *Tx) rollback() {
 func (tx *Tx) end() {
 	if !tx.done {
 		tx.done = true
+		if !tx.writable { // of one that wrote, its size is asked for later
+			tx.handle.trees.Put(tx.tree.forget())
+		}
 		tx.handle.drop()
 	}
 }

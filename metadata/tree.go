@@ -32,8 +32,9 @@ type tree struct {
 	// known, if not nil, tells other trees of the state, which txid made.
 	known *knownRoots
 	txid  uint64
-	// stack is what the last look-up went by, to be used again.
-	stack []position
+	// stack is what the last look-up went by, and spare what a walk did that is
+	// over, to be used again.
+	stack, spare []position
 	// passed, if set, hears of each page that a walk passes over.
 	passed func(error)
 }
@@ -133,6 +134,30 @@ type bucketRoot struct {
 // lookUp is a cursor for one look-up, which ends before the next one begins.
 func (t *tree) lookUp(b bucketRoot) treeCursor {
 	return treeCursor{t: t, root: b, stack: t.stack[:0]}
+}
+
+// walk is a cursor that may stand while others look something up. Whoever is
+// done with it calls end.
+func (t *tree) walk(b bucketRoot) treeCursor {
+	c := treeCursor{t: t, root: b, stack: t.spare[:0]}
+	t.spare = nil
+	return c
+}
+
+// end gives back what the cursor went by.
+func (c *treeCursor) end() {
+	if c.t != nil && c.stack != nil {
+		c.t.spare, c.stack = c.stack, nil
+	}
+}
+
+// forget drops what points into the memory map, and keeps the room for it.
+func (t *tree) forget() *tree {
+	for _, s := range [][]position{t.stack, t.spare} {
+		clear(s[:cap(s)])
+	}
+	*t = tree{stack: t.stack[:0], spare: t.spare[:0]}
+	return t
 }
 
 type namedRoot struct {
