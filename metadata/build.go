@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"iter"
 	"os"
+	"runtime"
 	"slices"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
@@ -82,6 +84,8 @@ type builder struct {
 	db   *bolt.DB
 	out  *batchWriter
 
+	// waiting are records that are not encoded yet.
+	waiting []*Record
 	// rows are all but attachments.
 	rows   map[string][]builtRow
 	totals *sums
@@ -117,9 +121,16 @@ func (b *builder) run(meta Meta, all iter.Seq2[New, error]) error {
 			return err
 		}
 	}
-	for _, rows := range b.rows {
-		slices.SortFunc(rows, func(x, y builtRow) int { return bytes.Compare(x.key, y.key) })
+	if err := b.encode(); err != nil {
+		return err
 	}
+	var sorts sync.WaitGroup
+	for _, rows := range b.rows {
+		sorts.Go(func() {
+			slices.SortFunc(rows, func(x, y builtRow) int { return bytes.Compare(x.key, y.key) })
+		})
+	}
+	sorts.Wait()
 	if err := b.check(); err != nil {
 		return err
 	}
@@ -141,18 +152,46 @@ func (b *builder) add(n New) error {
 			return err
 		}
 	}
-	value, err := encodeRecord(&r)
-	if err != nil {
-		return err
+	const together = 1024 // enough that starting goroutines costs nothing
+	if b.waiting = append(b.waiting, &r); len(b.waiting) < together {
+		return nil
 	}
-	b.row(bucketRecord, []byte(r.ID), value, r.ID)
-	for _, d := range derived(&r) {
-		b.row(d.bucket, []byte(d.key), []byte(d.value), r.ID)
+	return b.encode()
+}
+
+// encode makes rows of the records that wait for it, on all processors.
+func (b *builder) encode() error {
+	type rows struct {
+		value   []byte
+		derived []row
+		err     error
 	}
-	b.totals.add(&r)
-	if ms, ok := ulidTime(r.ID); ok {
-		b.newest = max(b.newest, ms)
+	made := make([]rows, len(b.waiting))
+	var work sync.WaitGroup
+	workers := runtime.GOMAXPROCS(0)
+	for w := range workers {
+		work.Go(func() {
+			for i := w; i < len(made); i += workers {
+				made[i].value, made[i].err = encodeRecord(b.waiting[i])
+				made[i].derived = derived(b.waiting[i])
+			}
+		})
 	}
+	work.Wait()
+	for i, r := range b.waiting {
+		if made[i].err != nil {
+			return made[i].err
+		}
+		b.row(bucketRecord, []byte(r.ID), made[i].value, r.ID)
+		for _, d := range made[i].derived {
+			b.row(d.bucket, []byte(d.key), []byte(d.value), r.ID)
+		}
+		b.totals.add(r)
+		if ms, ok := ulidTime(r.ID); ok {
+			b.newest = max(b.newest, ms)
+		}
+	}
+	b.waiting = b.waiting[:0]
 	return nil
 }
 

@@ -7,6 +7,8 @@ import (
 	"iter"
 	"maps"
 	"slices"
+
+	"github.com/lamina-build/lamina/metadata/internal/recordpb"
 )
 
 // The codes of findings. They are stable: tools and scripts go by them.
@@ -187,6 +189,7 @@ func (c *checker) bucketNames() bool {
 }
 
 func (c *checker) records() bool {
+	var m recordpb.Record
 	for k, v := range c.tx.scan(bucketRecord, nil) {
 		if v == nil || len(k) > MaxIDLen {
 			if !c.find(CodeForeignKey, "", bucketRecord, k, "bucket record has key %s", printable(k)) {
@@ -194,7 +197,7 @@ func (c *checker) records() bool {
 			}
 			continue
 		}
-		r, err := decodeRecord(ID(k), v)
+		r, err := decodeRecordBy(&m, ID(k), v)
 		if err != nil {
 			c.damaged = true
 			if !c.find(CodeRecordDamaged, ID(k), bucketRecord, k, "%v%s", err, c.knownAs(k)) {
@@ -291,8 +294,8 @@ func (c *checker) parents() bool {
 		if ok {
 			continue
 		}
-		for child := range children {
-			if !c.find(CodeParentMissing, child, bucketRecord, []byte(child), "parent %q of record %q does not exist", p, child) {
+		for _, child := range children {
+			if child != "" && !c.find(CodeParentMissing, child, bucketRecord, []byte(child), "parent %q of record %q does not exist", p, child) {
 				return false
 			}
 		}

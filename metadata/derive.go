@@ -25,7 +25,8 @@ func derived(r *Record) []row {
 		return nil
 	}
 	id := string(r.row)
-	var rows []row
+	most := len(r.Values) + len(r.Parents) + len(r.Blobs) + len(r.Aliases) + 5
+	rows := make([]row, 0, most)
 	for _, k := range indexKeys(r) {
 		rows = append(rows, row{bucketIndex, string(pairKey(k, id)), ""})
 	}
@@ -356,29 +357,37 @@ func (tx *Tx) rebuildTotals() error {
 // sums adds up totals from records alone, without any derived row.
 type sums struct {
 	records  map[ID]Total
-	children map[ID]map[ID]struct{}
+	children map[ID]firstTwo
 }
 
+// firstTwo are the first children of a record that were seen, which are enough
+// to know whether it is shared.
+type firstTwo [2]ID
+
 func newSums() *sums {
-	return &sums{records: map[ID]Total{}, children: map[ID]map[ID]struct{}{}}
+	return &sums{records: map[ID]Total{}, children: map[ID]firstTwo{}}
 }
 
 func (s *sums) add(r *Record) {
 	s.records[r.ID] = Total{Type: r.Type, State: r.State, Bytes: knownSize(r)}
 	for _, p := range r.Parents {
-		if s.children[p] == nil {
-			s.children[p] = map[ID]struct{}{}
+		have := s.children[p]
+		switch {
+		case have[0] == "":
+			have[0] = r.ID
+		case have[1] == "" && have[0] != r.ID:
+			have[1] = r.ID
+		default:
+			continue
 		}
-		if len(s.children[p]) < 2 {
-			s.children[p][r.ID] = struct{}{}
-		}
+		s.children[p] = have
 	}
 }
 
 func (s *sums) groups() map[group]Total {
 	out := map[group]Total{}
 	for id, r := range s.records {
-		g := group{r.Type, r.State, len(s.children[id]) >= 2}
+		g := group{r.Type, r.State, s.children[id][1] != ""}
 		t := out[g]
 		out[g] = Total{Type: g.typ, State: g.state, Shared: g.shared, Count: t.Count + 1, Bytes: t.Bytes + r.Bytes}
 	}

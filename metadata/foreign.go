@@ -140,10 +140,14 @@ type ForeignRow struct {
 // follows. Any other error is the last.
 func (b ForeignBucket) Rows() iter.Seq2[ForeignRow, error] {
 	return func(yield func(ForeignRow, error) bool) {
-		if p := b.root.inline; p != nil {
-			// Most buckets are one page in the value of their key.
+		p, leaf, err := b.leaf()
+		if err != nil {
+			yield(ForeignRow{}, err)
+			return
+		}
+		if leaf {
 			for i := range p.count {
-				if !yield(b.row(p, i)) {
+				if !yield(b.row(&p, i)) {
 					return
 				}
 			}
@@ -171,6 +175,16 @@ func (b ForeignBucket) Rows() iter.Seq2[ForeignRow, error] {
 	}
 }
 
+// leaf is the only page of a bucket, as most have, in the value of their key or
+// by itself.
+func (b ForeignBucket) leaf() (p page, ok bool, err error) {
+	if b.root.inline != nil {
+		return *b.root.inline, true, nil
+	}
+	p, err = b.t.page(b.root.page, nil, nil)
+	return p, err == nil && !p.isBranch(), err
+}
+
 func (b ForeignBucket) row(p *page, i int) (ForeignRow, error) {
 	row := ForeignRow{Key: p.key(i)}
 	v, nested := p.value(i)
@@ -193,12 +207,16 @@ func (b ForeignBucket) below(id uint64, v []byte) (ForeignBucket, error) {
 // Get finds a row; ok is false if there is none, or none that can be named: a
 // damaged page on the way is an error.
 func (b ForeignBucket) Get(key string) (row ForeignRow, ok bool, err error) {
-	if p := b.root.inline; p != nil {
+	p, leaf, err := b.leaf()
+	if err != nil {
+		return ForeignRow{}, false, err
+	}
+	if leaf {
 		i, found := sort.Find(p.count, func(i int) int { return bytes.Compare([]byte(key), p.key(i)) })
 		if !found {
 			return ForeignRow{}, false, nil
 		}
-		row, err = b.row(p, i)
+		row, err = b.row(&p, i)
 		return row, err == nil, err
 	}
 	c := treeCursor{t: b.t, root: b.root}

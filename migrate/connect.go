@@ -75,7 +75,7 @@ func (b *planner) dependencies(it *item) []*fate {
 		add(b.survivor(string(p)))
 	}
 	if base := b.baseOf(it); base != nil {
-		add(b.fate[string(base.rec.ID)])
+		add(b.fate(string(base.rec.ID)))
 	}
 	return deps
 }
@@ -83,23 +83,19 @@ func (b *planner) dependencies(it *item) []*fate {
 // survivor is what becomes of a row, or of the one that it comes along with,
 // nil if there is no such row.
 func (b *planner) survivor(id string) *fate {
-	f := b.fate[id]
+	f := b.fate(id)
 	if f != nil && f.action == Alias {
-		return b.fate[f.into]
+		return b.fate(f.into)
 	}
 	return f
 }
 
 // baseOf is the owner of the snapshot that the item's lies on, nil for none.
 func (b *planner) baseOf(it *item) *item {
-	if it.snap == nil || it.snap.Parent == "" {
+	if it.snap == nil || it.snap.Below == nil {
 		return nil
 	}
-	snap := b.byKey[it.snap.Parent]
-	if snap == nil {
-		return nil
-	}
-	return b.ofSnapshot[snap]
+	return b.ofSnapshot[it.snap.Below]
 }
 
 // settle decides over a row whose ancestors are decided.
@@ -144,6 +140,8 @@ func (b *planner) settle(f *fate) {
 		f.drop("it cannot be kept here: %v", err)
 		return
 	}
+	// Once more: it may have lost what it lay on.
+	f.on = b.dependencies(it)
 	b.order = append(b.order, f)
 }
 
@@ -158,7 +156,7 @@ func (b *planner) checkBase(it *item) string {
 		return "its snapshot lies on one that no record has"
 	case base != nil && base.rec.State != metadata.Finalized:
 		return "its snapshot lies on one that is not finalized"
-	case base != nil && b.fate[string(base.rec.ID)].item != base:
+	case base != nil && b.fate(string(base.rec.ID)).item != base:
 		return "its snapshot lies on that of " + string(base.rec.ID) + ", which does not come along"
 	}
 	it.base = base
@@ -201,14 +199,13 @@ func (b *planner) dropUnneeded() {
 			f.drop("no lease holds it and nothing retains it: its removal was cut off")
 			continue
 		}
-		// Again, as it may have lost what it lay on.
-		for _, dep := range b.dependencies(f.item) {
+		for _, dep := range f.on {
 			dep.needed = true
 		}
 	}
 	b.order = slices.DeleteFunc(b.order, func(f *fate) bool { return f.item == nil })
 	for _, f := range b.all {
-		if f.into != "" && b.fate[f.into].item == nil {
+		if f.into != "" && b.fate(f.into).item == nil {
 			f.drop("%s, which it was going to be a part of, does not come along", f.into)
 		}
 	}
@@ -254,17 +251,17 @@ func (b *planner) finish(p *Plan) {
 func (b *planner) leftovers(p *Plan) {
 	var rest []*buildkit.Snapshot
 	for _, snap := range b.s.Snapshots {
-		if it := b.ofSnapshot[snap]; it == nil || b.fate[string(it.rec.ID)].item == nil {
+		if it := b.ofSnapshot[snap]; it == nil || b.fate(string(it.rec.ID)).item == nil {
 			rest = append(rest, snap)
 		}
 	}
 	rest = append(rest, b.s.Unnamed...)
 	slices.SortFunc(rest, func(x, y *buildkit.Snapshot) int { return strings.Compare(x.Key, y.Key) })
 	named := map[string]string{}
-	for id, r := range b.s.Rows {
+	for _, r := range b.s.List {
 		if len(rest) > 0 && !r.Deleted {
-			named[r.SnapshotName()] = id
-			named[id] = id
+			named[r.SnapshotName()] = r.ID
+			named[r.ID] = r.ID
 		}
 	}
 	// Below what stays for the old daemon everything stays, named or not.

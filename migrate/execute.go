@@ -53,13 +53,10 @@ func (x *execution) run(ctx context.Context) (err error) {
 	if err := x.removeUnfinished(); err != nil {
 		return err
 	}
-	if err := x.adopt(ctx); err != nil {
-		return err
-	}
 	if err := x.write(ctx); err != nil {
 		return err
 	}
-	if err := x.verifyAndSync(ctx); err != nil {
+	if err := x.adoptAndVerify(ctx); err != nil {
 		return err
 	}
 	return x.publish()
@@ -193,19 +190,19 @@ func (x *execution) meta() (meta metadata.Meta, err error) {
 	return meta, err
 }
 
-// verifyAndSync reads the new store again while the disk works.
-func (x *execution) verifyAndSync(ctx context.Context) error {
+// adoptAndVerify makes the driver's entries and brings everything to the disk,
+// and reads the new store again meanwhile.
+func (x *execution) adoptAndVerify(ctx context.Context) error {
 	if err := x.step("migrate.verify"); err != nil {
 		return err
 	}
-	if err := x.step("migrate.sync"); err != nil {
-		return err
+	verified := make(chan error, 1)
+	go func() { verified <- x.verify(ctx) }()
+	err := x.adopt(ctx)
+	if err == nil {
+		err = x.sync(ctx)
 	}
-	x.progress("checking and syncing")
-	synced := make(chan error, 1)
-	go func() { synced <- x.sync(ctx) }()
-	err := x.verify(ctx)
-	return errors.Join(err, <-synced)
+	return errors.Join(err, <-verified)
 }
 
 // verify reads the new store again.
@@ -237,6 +234,10 @@ func (x *execution) verify(ctx context.Context) (err error) {
 // sync brings to the disk what the new store is going to rely on: its own
 // names, the adopted data, and the blobs.
 func (x *execution) sync(ctx context.Context) error {
+	if err := x.step("migrate.sync"); err != nil {
+		return err
+	}
+	x.progress("checking and syncing")
 	synced := map[uint64]bool{}
 	for _, name := range []string{".", "snapshots", "snapshots/snapshots", "content"} {
 		if err := context.Cause(ctx); err != nil {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/migrate/buildkit"
@@ -13,10 +12,8 @@ import (
 
 // planner works out a plan.
 type planner struct {
-	s     *buildkit.State
-	fate  map[string]*fate
-	byKey map[string]*buildkit.Snapshot
-	// all are the fates in the order of ids.
+	s *buildkit.State
+	// all are the fates in the order of ids: by the numbers of the rows.
 	all []*fate
 	// ofSnapshot are the records that come along by the snapshot that they
 	// adopt.
@@ -37,11 +34,21 @@ type fate struct {
 
 	// stage is how far connect has come with it.
 	stage int
-	// needed says that a record that comes along lies on this one.
+	// on are those that it lies on, once connect has settled it, and needed says
+	// that a record that comes along lies on this one.
+	on     []*fate
 	needed bool
 }
 
-func (b *planner) drop(id, format string, args ...any) { b.fate[id].drop(format, args...) }
+// fate is that of a row by its id, nil if there is none.
+func (b *planner) fate(id string) *fate {
+	if r := b.s.Rows[id]; r != nil {
+		return b.all[r.Number]
+	}
+	return nil
+}
+
+func (b *planner) drop(id, format string, args ...any) { b.fate(id).drop(format, args...) }
 
 func (f *fate) drop(format string, args ...any) {
 	f.action, f.item, f.into, f.reason = Drop, nil, "", fmt.Sprintf(format, args...)
@@ -58,13 +65,11 @@ func (b *planner) judgeRows() {
 			b.held[name] = true
 		}
 	}
-	b.all = make([]*fate, 0, len(b.s.Rows))
-	for id, r := range b.s.Rows {
-		f := &fate{row: r}
-		b.fate[id] = f
-		b.all = append(b.all, f)
+	fates := make([]fate, len(b.s.List))
+	for i, r := range b.s.List {
+		fates[i].row = r
+		b.all[i] = &fates[i]
 	}
-	slices.SortFunc(b.all, func(x, y *fate) int { return strings.Compare(x.row.ID, y.row.ID) })
 	owners := b.owners()
 	// Pairs first: they decide over their mutable rows.
 	for _, f := range b.all {
@@ -144,7 +149,7 @@ func (b *planner) judgePair(r, owner *buildkit.Row) {
 			it := &item{rec: pairRecord(r, m), snap: snap, sources: []string{r.ID, m.ID}, hashes: []string{m.ID, r.ID}, folded: m.ID}
 			it.rec.Key = m.ID + writable
 			b.keep(r.ID, Fold, it, "one record with its mutable "+m.ID+", whose snapshot it takes over")
-			*b.fate[m.ID] = fate{row: m, action: Fold, into: r.ID}
+			*b.fate(m.ID) = fate{row: m, action: Fold, into: r.ID}
 			return
 		}
 	}
@@ -155,7 +160,7 @@ func (b *planner) judgePair(r, owner *buildkit.Row) {
 			it.sources = append(it.sources, m.ID)
 			it.hashes = []string{m.ID, r.ID}
 			it.rec.Values = unionValues(it.rec.Values, valuesOf(m))
-			if b.fate[m.ID].action == "" {
+			if b.fate(m.ID).action == "" {
 				b.drop(m.ID, "mutable of %s, which is finalized in the driver already", r.ID)
 			}
 		}
@@ -182,7 +187,7 @@ func newItem(r *buildkit.Row, snap *buildkit.Snapshot) *item {
 }
 
 func (b *planner) keep(id string, action Action, it *item, reason string) {
-	f := b.fate[id]
+	f := b.fate(id)
 	f.action, f.item, f.reason = action, it, reason
 	it.reason = reason
 }
@@ -337,7 +342,7 @@ func (b *planner) foldTwin(first, twin *item, name string) {
 	mergeUsage(into, from)
 	first.sources = append(first.sources, twin.sources...)
 	first.hashes = append(first.hashes, twin.hashes...)
-	f := b.fate[id]
+	f := b.fate(id)
 	f.action, f.item, f.into = Alias, nil, string(into.ID)
 	f.reason = fmt.Sprintf("the same layer as %s, in another compression: snapshot %s", into.ID, name)
 }

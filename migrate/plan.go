@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/lamina-build/lamina/metadata"
@@ -115,12 +116,8 @@ type item struct {
 // through o.
 func NewPlan(s *buildkit.State, o PlanOptions) (*Plan, error) {
 	b := &planner{
-		s: s, fate: make(map[string]*fate, len(s.Rows)),
-		byKey:      make(map[string]*buildkit.Snapshot, len(s.Snapshots)),
+		s: s, all: make([]*fate, len(s.List)),
 		ofSnapshot: make(map[*buildkit.Snapshot]*item, len(s.Snapshots)),
-	}
-	for _, snap := range s.Snapshots {
-		b.byKey[snap.Key] = snap
 	}
 	b.judgeRows()
 	b.foldTwins()
@@ -207,12 +204,16 @@ func (p *Plan) Rollback() string {
 // snapshots.
 func (p *Plan) digest() string {
 	h := sha256.New()
+	var line []byte
 	for _, it := range p.items {
 		dir := ""
 		if it.snap != nil {
 			dir = it.snap.Dir
 		}
-		fmt.Fprintf(h, "%q %s %q %q\n", it.rec.ID, it.rec.State, it.rec.Key, dir)
+		line = strconv.AppendQuote(line[:0], string(it.rec.ID))
+		line = append(append(append(line, ' '), it.rec.State.String()...), ' ')
+		line = append(strconv.AppendQuote(line, it.rec.Key), ' ')
+		h.Write(append(strconv.AppendQuote(line, dir), '\n'))
 	}
 	return hex.EncodeToString(h.Sum(nil))
 }

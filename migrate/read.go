@@ -52,7 +52,7 @@ func ownerless(ctx context.Context, s *buildkit.State) (bool, error) {
 		return true, nil
 	}
 	rows := make([]*buildkit.Row, 0, len(s.Rows))
-	for _, r := range s.Rows {
+	for _, r := range s.List {
 		if r.Damaged == nil {
 			rows = append(rows, r)
 		}

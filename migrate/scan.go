@@ -36,7 +36,7 @@ func attributes(ctx context.Context, s *buildkit.State) (class string, err error
 	}
 	var m marks
 	left := scanned
-	for _, snap := range s.Ordered() {
+	for _, snap := range s.Named {
 		if !snap.Present || snap.Kind == buildkit.View {
 			continue
 		}

@@ -21,46 +21,52 @@ const namespace = "buildkit"
 // knownVersion is the newest version of containerd's schema that is known.
 const knownVersion = 4
 
-// readNames reads leases, names of snapshots, and blobs.
-func (s *State) readNames(db *database, root metadata.ForeignBucket) error {
+// snapshotName is a snapshot as records know it.
+type snapshotName struct {
+	name, key string
+	labels    map[string]string
+}
+
+// readNames reads names of snapshots, leases, and blobs.
+func (s *State) readNames(db *database, root metadata.ForeignBucket) (list []snapshotName, err error) {
 	v1, err := onlyV1(root)
 	if err != nil || v1 == nil {
 		s.Snapshotter = s.snapshotterByName()
-		return err
+		return nil, err
 	}
 	version, ok, err := v1.Get("version")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if n, _ := binary.Varint(version.Value); ok && n > knownVersion {
-		return fmt.Errorf("schema has version %d, and %d is known: %w", n, knownVersion, ErrNewer)
+		return nil, fmt.Errorf("schema has version %d, and %d is known: %w", n, knownVersion, ErrNewer)
 	}
 	ns, err := child(v1, namespace)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	drivers, err := child(ns, "snapshots")
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := s.readSnapshotNames(db, drivers); err != nil {
-		return err
+	if list, err = s.readSnapshotNames(db, drivers); err != nil {
+		return nil, err
 	}
 	leases, err := child(ns, "leases")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s.eachBucket(db, leases, "leases", s.readLease)
 	content, err := child(ns, "content")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	blobs, err := child(content, "blob")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s.eachBucket(db, blobs, "blobs", s.readBlob)
-	return nil
+	return list, nil
 }
 
 // onlyV1 is the bucket that all others are in, nil if there is none yet.
@@ -113,12 +119,12 @@ func (s *State) snapshotterByName() string {
 	return driver
 }
 
-func (s *State) readSnapshotNames(db *database, drivers *metadata.ForeignBucket) error {
+func (s *State) readSnapshotNames(db *database, drivers *metadata.ForeignBucket) (list []snapshotName, err error) {
 	var found []string
 	if drivers != nil {
 		for row, err := range drivers.Rows() {
 			if err != nil {
-				return err
+				return nil, err
 			}
 			found = append(found, string(row.Key))
 		}
@@ -129,33 +135,33 @@ func (s *State) readSnapshotNames(db *database, drivers *metadata.ForeignBucket)
 	case len(found) == 1:
 		s.Snapshotter = found[0] // the directory has another name now
 	default:
-		return fmt.Errorf("snapshots of %s, and the worker is called %s: %w", strings.Join(found, ", "), s.Worker, ErrUnsupported)
+		return nil, fmt.Errorf("snapshots of %s, and the worker is called %s: %w", strings.Join(found, ", "), s.Worker, ErrUnsupported)
 	}
 	if s.Snapshotter != Overlayfs && s.Snapshotter != Native {
-		return fmt.Errorf("snapshots of the snapshotter %q are kept in a way of their own: %w", s.Snapshotter, ErrUnsupported)
+		return nil, fmt.Errorf("snapshots of the snapshotter %q are kept in a way of their own: %w", s.Snapshotter, ErrUnsupported)
 	}
 	own, err := child(drivers, s.Snapshotter)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s.eachBucket(db, own, "names of snapshots", func(name string, b metadata.ForeignBucket) error {
-		snap := &Snapshot{Name: name}
+		snap := snapshotName{name: name}
 		for row, err := range b.Rows() {
 			switch {
 			case err != nil:
 				return err
 			case row.Bucket == nil && string(row.Key) == "name":
-				snap.Key = string(row.Value)
+				snap.key = string(row.Value)
 			case row.Bucket != nil && string(row.Key) == "labels":
-				if snap.Labels, err = valuesOf(row.Bucket); err != nil {
+				if snap.labels, err = valuesOf(row.Bucket); err != nil {
 					return err
 				}
 			}
 		}
-		s.Snapshots[name] = snap
+		list = append(list, snap)
 		return nil
 	})
-	return nil
+	return list, nil
 }
 
 func labelsOf(b metadata.ForeignBucket) (map[string]string, error) {
@@ -236,55 +242,58 @@ func (s *State) readBlob(name string, b metadata.ForeignBucket) error {
 	return nil
 }
 
-// readDriver reads what the snapshotter knows of the snapshots. A name that it
-// does not know is no snapshot.
-func (s *State) readDriver(db *database, root metadata.ForeignBucket) error {
-	byKey := make(map[string]*Snapshot, len(s.Snapshots))
-	for name, snap := range s.Snapshots {
-		if snap.ownKey() {
-			byKey[snap.Key] = snap
-		} else {
-			s.warn("%s: snapshot %q has no key of its own; it is lost", names, printable(name))
-			delete(s.Snapshots, name)
-		}
-	}
+// readDriver reads what the snapshotter knows of the snapshots.
+func (s *State) readDriver(db *database, root metadata.ForeignBucket) (list []*Snapshot, err error) {
 	v1, err := onlyV1(root)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	snapshots, err := child(v1, "snapshots")
 	if err != nil {
-		return err
+		return nil, err
 	}
-	known := map[string]bool{}
 	s.eachBucket(db, snapshots, "snapshots", func(key string, b metadata.ForeignBucket) error {
-		snap := byKey[key]
-		if snap == nil {
-			snap = &Snapshot{Key: key}
+		snap := &Snapshot{Key: key}
+		err := snap.read(b)
+		if err == nil {
+			list = append(list, snap)
 		}
-		if err := snap.read(b); err != nil {
-			return err
+		return err
+	})
+	return list, nil
+}
+
+// nameSnapshots brings names and snapshots together. A name that leads to none
+// is no snapshot.
+func (s *State) nameSnapshots(known []snapshotName, snapshots []*Snapshot) {
+	byKey := make(map[string]*Snapshot, len(snapshots))
+	for _, snap := range snapshots {
+		byKey[snap.Key] = snap
+	}
+	for _, n := range known {
+		snap := byKey[n.key]
+		switch {
+		case !n.ownKey():
+			s.warn("%s: snapshot %q has no key of its own; it is lost", names, printable(n.name))
+		case snap != nil:
+			snap.Name, snap.Labels = n.name, n.labels
+			s.Snapshots[n.name] = snap
+			s.Named = append(s.Named, snap)
 		}
-		known[key] = true
-		if snap.Name == "" {
+	}
+	for _, snap := range snapshots {
+		if snap.Below = byKey[snap.Parent]; snap.Name == "" {
 			s.Unnamed = append(s.Unnamed, snap)
 		}
-		return nil
-	})
-	for name, snap := range s.Snapshots {
-		if !known[snap.Key] {
-			delete(s.Snapshots, name)
-		}
 	}
-	return nil
 }
 
 // ownKey says whether the snapshotter's key was made for this name, as
 // containerd does with all: NAMESPACE/NUMBER/NAME. What another one leads to is
 // the snapshot of somebody else.
-func (snap *Snapshot) ownKey() bool {
-	parts := strings.SplitN(snap.Key, "/", 3)
-	return len(parts) == 3 && parts[2] == snap.Name
+func (n snapshotName) ownKey() bool {
+	parts := strings.SplitN(n.key, "/", 3)
+	return len(parts) == 3 && parts[2] == n.name
 }
 
 // read takes what the snapshotter's row says.

@@ -12,6 +12,8 @@ import (
 // Row is a record of BuildKit's.
 type Row struct {
 	ID string
+	// Number is its place in State.List.
+	Number int
 
 	Created, LastUsed time.Time // zero: never
 	UsageCount        uint64

@@ -47,14 +47,16 @@ type State struct {
 	// Files are the databases as they are.
 	Files []FileMark
 
-	// Rows are the records by id.
+	// Rows are the records by id, and List are they in its order.
 	Rows map[string]*Row
+	List []*Row
 	// Leases are those of the worker's namespace by id.
 	Leases map[string]*Lease
 	// Snapshots are those that have a name, by it.
 	Snapshots map[string]*Snapshot
-	// Unnamed are snapshots that only the snapshotter knows.
-	Unnamed []*Snapshot
+	// Named are the same in the order of the names, and Unnamed are snapshots
+	// that only the snapshotter knows, in the order of its keys.
+	Named, Unnamed []*Snapshot
 	// Blobs are those that a row or the worker's namespace speaks of.
 	Blobs map[digest.Digest]*Blob
 	// StrayDirs are data directories that no snapshot owns.
@@ -83,8 +85,10 @@ type Lease struct {
 type Snapshot struct {
 	// Name is the one that records use, empty for an unnamed one.
 	Name string
-	// Key is the snapshotter's own name for it, Parent that of its parent.
+	// Key is the snapshotter's own name for it, Parent that of its parent, which
+	// is Below, nil if there is none, or none of that key.
 	Key, Parent string
+	Below       *Snapshot
 	// Dir is the name of its data directory.
 	Dir  string
 	Kind Kind
@@ -189,8 +193,8 @@ func Open(ctx context.Context, dir string) (_ *State, err error) {
 	return s, s.readBlobs()
 }
 
-// readDatabases reads the three of them: the records, and beside them what the
-// other two say of snapshots.
+// readDatabases reads the three of them, two at a time: containerd's takes as
+// long as the other two.
 func (s *State) readDatabases(ctx context.Context) error {
 	read := func(i int, read func(*database, metadata.ForeignBucket) error) error {
 		if ctx.Err() != nil {
@@ -202,21 +206,30 @@ func (s *State) readDatabases(ctx context.Context) error {
 		}
 		return nil
 	}
-	var names, rows error
+	var names, rest error
+	var known []snapshotName
+	var snapshots []*Snapshot
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if names = read(1, s.readNames); names == nil {
-			names = read(2, s.readDriver)
-		}
+		names = read(1, func(db *database, root metadata.ForeignBucket) (err error) {
+			known, err = s.readNames(db, root)
+			return err
+		})
 	})
-	rows = read(0, s.readRecords)
+	if rest = read(0, s.readRecords); rest == nil {
+		rest = read(2, func(db *database, root metadata.ForeignBucket) (err error) {
+			snapshots, err = s.readDriver(db, root)
+			return err
+		})
+	}
 	wg.Wait()
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
+	s.nameSnapshots(known, snapshots)
 	// What was found meanwhile is told in one order.
 	slices.Sort(s.Warnings)
-	return cmp.Or(rows, names)
+	return cmp.Or(rest, names)
 }
 
 // Close frees the databases.
@@ -307,17 +320,23 @@ func (s *State) readRecords(db *database, root metadata.ForeignBucket) error {
 			lost = err
 			s.warn("%s: %v; the records in it are lost", db.mark.Name, err)
 		case err != nil:
-			s.Rows[id] = &Row{ID: id, Damaged: err}
+			s.addRow(&Row{ID: id, Damaged: err})
 		case row.Bucket == nil:
-			s.Rows[id] = &Row{ID: id, Damaged: errors.New("it is no bucket")}
+			s.addRow(&Row{ID: id, Damaged: errors.New("it is no bucket")})
 		default:
-			s.Rows[id] = readRow(id, *row.Bucket)
+			s.addRow(readRow(id, *row.Bucket))
 		}
 	}
 	if lost != nil && len(s.Rows) == 0 {
 		return fmt.Errorf("no record can be read: %w", lost)
 	}
 	return nil
+}
+
+func (s *State) addRow(r *Row) {
+	r.Number = len(s.List)
+	s.List = append(s.List, r)
+	s.Rows[r.ID] = r
 }
 
 func readRow(id string, b metadata.ForeignBucket) *Row {
@@ -373,7 +392,7 @@ func (s *State) BlobPath(d digest.Digest) string {
 
 // readBlobs looks which blobs have their file.
 func (s *State) readBlobs() error {
-	for _, r := range s.Rows {
+	for _, r := range s.List {
 		if r.Blob != "" && r.Damaged == nil && s.Blobs[r.Blob] == nil {
 			s.Blobs[r.Blob] = &Blob{Digest: r.Blob}
 		}
@@ -409,7 +428,7 @@ func (s *State) readData(ctx context.Context) error {
 	}
 	owned := map[string]*Snapshot{}
 	var all []*Snapshot
-	for _, list := range [][]*Snapshot{s.Unnamed, s.Ordered()} {
+	for _, list := range [][]*Snapshot{s.Unnamed, s.Named} {
 		for _, snap := range list {
 			if other := owned[snap.Dir]; other != nil {
 				s.warn("%s: snapshots %q and %q both have directory %s; they are lost", driverDB, printable(other.Key), printable(snap.Key), snap.Dir)
@@ -461,16 +480,6 @@ func (s *State) lookForData(ctx context.Context, all []*Snapshot) error {
 	}
 	wg.Wait()
 	return errors.Join(context.Cause(ctx), errors.Join(errs...))
-}
-
-// Ordered are the snapshots with a name, in the order of these.
-func (s *State) Ordered() []*Snapshot {
-	list := make([]*Snapshot, 0, len(s.Snapshots))
-	for _, snap := range s.Snapshots {
-		list = append(list, snap)
-	}
-	slices.SortFunc(list, func(a, b *Snapshot) int { return strings.Compare(a.Name, b.Name) })
-	return list
 }
 
 // hasData says whether the directory is as the snapshotter makes it. dirs is a

@@ -2,8 +2,6 @@ package buildkit
 
 import (
 	"encoding/json"
-	"maps"
-	"slices"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
@@ -16,11 +14,7 @@ const gcRoot = "containerd.io/gc.root"
 // did when it migrated them: what is immutable, and what lies on what, is
 // taken from the snapshotter; the blob from the mapping of then.
 func (s *State) upgradeV1() {
-	byKey := map[string]*Snapshot{}
-	for _, snap := range s.Snapshots {
-		byKey[snap.Key] = snap
-	}
-	for _, r := range s.Rows {
+	for _, r := range s.List {
 		s.v1Blob(r)
 		if r.EqualMutable != "" {
 			r.Committed = true
@@ -31,18 +25,17 @@ func (s *State) upgradeV1() {
 			continue
 		}
 		r.Committed = snap.Kind == Committed
-		if parent := byKey[snap.Parent]; parent != nil {
-			r.Parent = parent.Name
+		if snap.Below != nil {
+			r.Parent = snap.Below.Name
 		}
 	}
-	for _, id := range slices.Sorted(maps.Keys(s.Rows)) { // one may lend what it was lent
-		r := s.Rows[id]
+	for _, r := range s.List { // one may lend what it was lent
 		if m := s.Rows[r.EqualMutable]; m != nil && r.Parent == "" {
 			r.Parent = m.Parent
 		}
 	}
 	chains := map[string]*chain{}
-	for _, r := range s.Rows {
+	for _, r := range s.List {
 		s.v1Chain(r, chains)
 	}
 	for name, snap := range s.Snapshots {
