@@ -1,7 +1,6 @@
 package metadata
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,7 +8,9 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
+	"unsafe"
 
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
@@ -95,9 +96,12 @@ type builder struct {
 
 // builtRow is a row to be written; id is the record that asks for it.
 type builtRow struct {
-	key, value []byte
+	key, value string
 	id         ID
 }
+
+// bytesOf are the bytes of a string, which nobody may change.
+func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
 func (b *builder) step(name string) error {
 	if err := context.Cause(b.ctx); err != nil {
@@ -127,7 +131,7 @@ func (b *builder) run(meta Meta, all iter.Seq2[New, error]) error {
 	var sorts sync.WaitGroup
 	for _, rows := range b.rows {
 		sorts.Go(func() {
-			slices.SortFunc(rows, func(x, y builtRow) int { return bytes.Compare(x.key, y.key) })
+			slices.SortFunc(rows, func(x, y builtRow) int { return strings.Compare(x.key, y.key) })
 		})
 	}
 	sorts.Wait()
@@ -162,7 +166,7 @@ func (b *builder) add(n New) error {
 // encode makes rows of the records that wait for it, on all processors.
 func (b *builder) encode() error {
 	type rows struct {
-		value   []byte
+		value   string
 		derived []row
 		err     error
 	}
@@ -172,7 +176,8 @@ func (b *builder) encode() error {
 	for w := range workers {
 		work.Go(func() {
 			for i := w; i < len(made); i += workers {
-				made[i].value, made[i].err = encodeRecord(b.waiting[i])
+				value, err := encodeRecord(b.waiting[i])
+				made[i].value, made[i].err = unsafe.String(unsafe.SliceData(value), len(value)), err
 				made[i].derived = derived(b.waiting[i])
 			}
 		})
@@ -182,9 +187,9 @@ func (b *builder) encode() error {
 		if made[i].err != nil {
 			return made[i].err
 		}
-		b.row(bucketRecord, []byte(r.ID), made[i].value, r.ID)
+		b.row(bucketRecord, string(r.ID), made[i].value, r.ID)
 		for _, d := range made[i].derived {
-			b.row(d.bucket, []byte(d.key), []byte(d.value), r.ID)
+			b.row(d.bucket, d.key, d.value, r.ID)
 		}
 		b.totals.add(r)
 		if ms, ok := ulidTime(r.ID); ok {
@@ -195,7 +200,7 @@ func (b *builder) encode() error {
 	return nil
 }
 
-func (b *builder) row(bucket string, key, value []byte, id ID) {
+func (b *builder) row(bucket, key, value string, id ID) {
 	b.rows[bucket] = append(b.rows[bucket], builtRow{key, value, id})
 }
 
@@ -228,7 +233,7 @@ func (b *builder) check() error {
 	for _, bucket := range []string{bucketRecord, bucketAlias, bucketSnapshot} {
 		rows := b.rows[bucket]
 		for i := 1; i < len(rows); i++ {
-			if bytes.Equal(rows[i-1].key, rows[i].key) {
+			if rows[i-1].key == rows[i].key {
 				return fmt.Errorf("%s %q of record %q is taken by record %q: %w", bucket, rows[i].key, rows[i].id, rows[i-1].id, errdefs.ErrAlreadyExists)
 			}
 		}
@@ -239,16 +244,16 @@ func (b *builder) check() error {
 		}
 	}
 	for _, row := range b.rows[bucketChild] {
-		parent, _, _ := splitPair(row.key)
-		if !b.have([]byte(parent)) {
+		parent, _, _ := splitPair(bytesOf(row.key))
+		if !b.have(parent) {
 			return fmt.Errorf("record %q: parent %q does not exist: %w", row.id, parent, errdefs.ErrFailedPrecondition)
 		}
 	}
 	return nil
 }
 
-func (b *builder) have(id []byte) bool {
-	_, ok := slices.BinarySearchFunc(b.rows[bucketRecord], id, func(r builtRow, id []byte) int { return bytes.Compare(r.key, id) })
+func (b *builder) have(id string) bool {
+	_, ok := slices.BinarySearchFunc(b.rows[bucketRecord], id, func(r builtRow, id string) int { return strings.Compare(r.key, id) })
 	return ok
 }
 
@@ -259,7 +264,7 @@ func (b *builder) write() error {
 			return err
 		}
 		for _, row := range b.rows[bucket] {
-			if err := b.out.put(bucket, row.key, row.value); err != nil {
+			if err := b.out.put(bucket, bytesOf(row.key), bytesOf(row.value)); err != nil {
 				return err
 			}
 		}

@@ -1,8 +1,8 @@
 package bench
 
 import (
+	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -21,8 +21,8 @@ func migrationOperations() []operation {
 		name: "migrate", batch: 1, rounds: 5, sizes: legacySizes, ownOnly: true, legacy: true,
 		prepare: prepareMigrate, limit: limitMigrate,
 		note: "a directory with n records that the peer's own library made, chains of layers with a pair on top; " +
-			"limit: one pass over its databases that looks at every key and value, and a new bbolt file with as many " +
-			"bytes in as many transactions, synced once",
+			"limit: one pass over its databases that looks at every key and value, and a new bbolt file with the rows that " +
+			"the migration writes, in order, in as many transactions, synced once",
 	}}
 }
 
@@ -42,9 +42,12 @@ func legacySizes(c *Config) []int {
 // legacyState is the directory of an old daemon, and what a migration writes.
 type legacyState struct {
 	dir          string
-	bytes        int64
+	rows         []storedRow
 	transactions int
 }
+
+// storedRow is a row of a bbolt file with buckets at its top only.
+type storedRow struct{ bucket, key, value []byte }
 
 // legacyWorker is what the directory of a worker is called, which says the
 // snapshotter.
@@ -90,11 +93,9 @@ func (c *Config) makeLegacy(ctx context.Context, dir string, n int) (s *legacySt
 	if err != nil {
 		return nil, err
 	}
-	file, err := os.Stat(filepath.Join(s.dir, cache.StoreFile))
-	if err != nil {
+	if s.rows, err = storedRows(filepath.Join(s.dir, cache.StoreFile)); err != nil {
 		return nil, err
 	}
-	s.bytes = file.Size()
 	return s, s.rollBack(ctx)
 }
 
@@ -139,7 +140,7 @@ func limitMigrate(_ context.Context, l *limits, n int) (sample, error) {
 					return err
 				}
 			}
-			return writeRows(path, s.bytes, s.transactions)
+			return writeRows(path, s.rows, s.transactions)
 		},
 		after: func(context.Context) error { return os.Remove(path) },
 	}, nil
@@ -174,28 +175,43 @@ func readRows(path string) error {
 	return errors.Join(err, db.Close())
 }
 
-// writeRows makes a file of about that many bytes, its rows in order, in that
-// many transactions.
-func writeRows(path string, bytes int64, transactions int) error {
+// storedRows are the rows of a store, in order.
+func storedRows(path string) (rows []storedRow, err error) {
+	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true})
+	if err != nil {
+		return nil, err
+	}
+	err = db.View(func(tx *bolt.Tx) error {
+		return tx.ForEach(func(name []byte, b *bolt.Bucket) error {
+			name = bytes.Clone(name)
+			return b.ForEach(func(k, v []byte) error {
+				rows = append(rows, storedRow{name, bytes.Clone(k), bytes.Clone(v)})
+				return nil
+			})
+		})
+	})
+	return rows, errors.Join(err, db.Close())
+}
+
+// writeRows makes a file of rows in that many transactions.
+func writeRows(path string, rows []storedRow, transactions int) error {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{NoSync: true, NoGrowSync: true, NoFreelistSync: true})
 	if err != nil {
 		return err
 	}
-	const overhead = 1.2 // of pages that are full to nine tenths, and of keys
-	rows := int(float64(bytes) / overhead / recordSize)
-	value := make([]byte, recordSize)
-	for part, at := 0, 0; part < transactions && err == nil; part++ {
-		end := rows * (part + 1) / transactions
+	for part := 0; part < transactions && err == nil; part++ {
 		err = db.Update(func(tx *bolt.Tx) error {
-			b, err := tx.CreateBucketIfNotExists(recordBucket)
-			if err != nil {
-				return err
+			for _, r := range rows[len(rows)*part/transactions : len(rows)*(part+1)/transactions] {
+				b, err := tx.CreateBucketIfNotExists(r.bucket)
+				if err != nil {
+					return err
+				}
+				b.FillPercent = 0.9
+				if err := b.Put(r.key, r.value); err != nil {
+					return err
+				}
 			}
-			b.FillPercent = 0.9
-			for ; at < end && err == nil; at++ {
-				err = b.Put(binary.BigEndian.AppendUint64(nil, uint64(at)), value)
-			}
-			return err
+			return nil
 		})
 	}
 	if err == nil {
