@@ -40,6 +40,7 @@ func read(ctx context.Context, dir string) (_ *buildkit.State, _ *Plan, err erro
 		Ownerless: old, Attributes: class,
 		Size: func(dir string) (int64, error) { return diskUsage(ctx, s.DataDir(dir)) },
 	})
+	s.Forget()
 	return s, p, err
 }
 

@@ -240,7 +240,9 @@ func (a *app) printMigration(r migrate.Report, dryRun bool) {
 	fmt.Fprintf(a.out, "%s %s a store with driver %s: %s, %s\n", safe(r.Root), verb, p.Driver, plural(p.Records, "record"), sizeOfAll(p))
 	fmt.Fprintf(a.out, "  %s of a pair folded into one, %s for a second name, %s dropped\n",
 		plural(p.Folded, "record"), plural(p.Aliases, "alias"), plural(len(p.Dropped()), "record"))
-	fmt.Fprintf(a.out, "  %s of garbage go with the first opening, %s stay for the old daemon's sake\n", size(p.Freed), size(p.Left))
+	if p.Freed > 0 || p.Left > 0 {
+		fmt.Fprintf(a.out, "  %s of garbage go with the first opening, %s stay for the old daemon's sake\n", size(p.Freed), size(p.Left))
+	}
 	fmt.Fprintf(a.out, "  rollback: %s\n", p.Rollback())
 	if !dryRun {
 		fmt.Fprintf(a.out, "  took %s; look at it with lamina --root %s ls\n", r.Duration.Round(time.Millisecond), safe(r.Root))

@@ -232,6 +232,13 @@ func (s *State) readDatabases(ctx context.Context) error {
 	return cmp.Or(rest, names)
 }
 
+// Forget gives back the memory of what was read, once a plan is made of it.
+// External values can be read as before.
+func (s *State) Forget() {
+	s.Rows, s.List, s.Leases, s.Blobs = nil, nil, nil, nil
+	s.Snapshots, s.Named, s.Unnamed, s.StrayDirs = nil, nil, nil, nil
+}
+
 // Close frees the databases.
 func (s *State) Close() error {
 	var errs []error
