@@ -178,6 +178,15 @@ func TestCases(t *testing.T) {
 			},
 			want: want{"l": "blob is absent", "m": "its parent l does not come along"},
 		},
+		"lazy layer whose blob is cut off": {
+			build: func(b *legacytest.Builder) {
+				d := b.Blob("layer", nil)
+				b.CutBlob(d)
+				b.Row("l", row{"snapshot.committed": true, "cache.blobonly": true, "cache.blob": d, "cache.diffID": d, "cache.chainID": d})
+				b.Lease("l", []string{"l"}, d)
+			},
+			want: want{"l": "blob is absent"},
+		},
 		"no blob, no digest": {
 			build: func(b *legacytest.Builder) {
 				b.Row("l", row{"snapshot.committed": true, "cache.blobonly": true, "cache.blob": ""})

@@ -64,6 +64,7 @@ type blob struct {
 	data   []byte
 	labels map[string]string
 	absent bool
+	cut    bool
 }
 
 // Kinds of snapshots.
@@ -162,6 +163,13 @@ func (b *Builder) Blob(data string, labels map[string]string) digest.Digest {
 
 // LoseBlob leaves a blob's file out.
 func (b *Builder) LoseBlob(d digest.Digest) { b.blobs[d] = blob{absent: true} }
+
+// CutBlob leaves out the end of a blob's file.
+func (b *Builder) CutBlob(d digest.Digest) {
+	cut := b.blobs[d]
+	cut.cut = true
+	b.blobs[d] = cut
+}
 
 // Finalized adds a finalized record with its snapshot and lease.
 func (b *Builder) Finalized(id, parent string, r Row) {

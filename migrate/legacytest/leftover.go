@@ -160,8 +160,12 @@ func (w *World) damageRow(id string) {
 		delete(w.leases, id)
 	default:
 		if d := w.chains[id]; d != "" && w.blobs[d].data != nil {
-			w.log("damage: the blob of %s is gone", id)
-			w.LoseBlob(d)
+			w.log("damage: the blob of %s is gone, or its end", id)
+			if w.r.IntN(2) == 0 {
+				w.LoseBlob(d)
+			} else {
+				w.CutBlob(d)
+			}
 		}
 	}
 }

@@ -295,7 +295,11 @@ func (b *Builder) writeBlobs() error {
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 			return err
 		}
-		if err := os.WriteFile(path, blob.data, 0o400); err != nil {
+		data := blob.data
+		if blob.cut {
+			data = data[:len(data)-1]
+		}
+		if err := os.WriteFile(path, data, 0o400); err != nil {
 			return err
 		}
 	}

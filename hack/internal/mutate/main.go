@@ -73,7 +73,7 @@ func stagesOf(file string) (pkg string, stages []stage) {
 		}...)
 	case "migrate", "migrate/buildkit":
 		return "./migrate", []stage{
-			{"cases", []string{"-test.failfast", "-test.run", "^(TestCases|TestArchivesAgree|TestBadDirectories|TestTwoAtOnce|TestRollbackRefused|TestOldDaemon|TestContentHashes|TestErrorAtEachStep)"}, nil},
+			{"cases", []string{"-test.failfast", "-test.run", "^(TestCases|TestArchivesAgree|TestBadDirectories|TestTwoAtOnce|TestRollbackRefused|TestOldDaemon|TestContentHashes|TestErrorAtEachStep|TestTwoNames|TestAnyState)"}, nil},
 			// TestUnreadable is for whoever may run the binary; here that is us alone.
 			{"tests of the package", []string{"-test.failfast", "-test.skip", "^(TestKilled|TestUnreadable)"}, nil},
 			{"kills", []string{"-test.failfast", "-test.run", "^TestKilled"}, nil},
