@@ -30,8 +30,11 @@ func (e *EntryError) Unwrap() error { return e.Err }
 
 // entryError names the entry; an error that names one already stays.
 func entryError(name string, err error) error {
-	var e *EntryError
-	if err == nil || errors.As(err, &e) {
+	if err == nil {
+		return nil
+	}
+	var e *EntryError // escapes: not on the way of each entry that is fine
+	if errors.As(err, &e) {
 		return err
 	}
 	return &EntryError{Name: name, Err: err}

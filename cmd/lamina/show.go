@@ -85,7 +85,7 @@ func (a *app) showTable(rec *cache.Record, v *recordView) {
 	row("chain id", v.ChainID)
 	row("diff id", v.DiffID)
 	for _, b := range v.Blobs {
-		row("blob", fmt.Sprintf("%s %s %s, present: %t", b.Digest, b.MediaType, size(b.Size), b.Present))
+		row("blob", fmt.Sprintf("%s %s %s, present: %t%s", b.Digest, b.MediaType, size(b.Size), b.Present, proof(b, v.DiffID)))
 	}
 	for _, name := range sortedKeys(v.Labels) {
 		row("label", name+"="+v.Labels[name])
@@ -146,4 +146,15 @@ func durableText(durable bool) string {
 		return "synced"
 	}
 	return "not synced: a power cut may lose it (lamina sync)"
+}
+
+// proof says of a blob whether it is known to hold the layer, where it is not.
+func proof(b blobView, diffID string) string {
+	switch {
+	case b.Claimed:
+		return ", claimed to hold the layer"
+	case b.DiffID != "" && diffID != "" && string(b.DiffID) != diffID:
+		return ", holds another layer: " + string(b.DiffID)
+	}
+	return ""
 }
