@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -82,18 +83,21 @@ func (k *killing) workspaces(worker int) {
 		key := fmt.Sprintf("key-%d", k.random(3))
 		token := fmt.Sprintf("token-%d-%d", worker, n)
 		script := "echo " + token + " >> tokens; cat tokens"
+		// What was acknowledged before this run began is in what it shows. The
+		// other worker's next run may be acknowledged before this one is looked at.
+		k.mu.Lock()
+		before := slices.Clone(k.kept[key])
+		k.mu.Unlock()
 		out, _, ok := k.lamina(k.random(3) > 0, "run", "--key", key, "--no-memo", "--", "sh", "-c", script)
 		if !ok {
 			continue
 		}
 		k.mu.Lock()
-		for _, kept := range k.kept[key] {
+		for _, kept := range before {
 			if !strings.Contains(out, kept+"\n") {
 				k.Errorf("%s of %s was acknowledged and is gone", kept, key)
 			}
 		}
-		// A run of another worker may have come in between, not later ones
-		// of this key: they wait for each other.
 		k.kept[key] = append(k.kept[key], token)
 		k.mu.Unlock()
 	}
