@@ -3,6 +3,7 @@ package cache
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -155,6 +156,10 @@ func (c *collector) round(ctx context.Context) time.Duration {
 	over, err := c.exceeded(ctx)
 	why := ""
 	if err == nil {
+		// Whoever made room: a limit that is kept is no longer stuck.
+		maps.DeleteFunc(c.stuck, func(k limitKey, _ int64) bool {
+			return !slices.ContainsFunc(over, func(x policy.Excess) bool { return keyOf(x) == k })
+		})
 		why = c.due(over, now)
 	}
 	if why != "" {

@@ -303,6 +303,58 @@ func TestALimitThatCannotBeKept(t *testing.T) {
 	c.stop()
 }
 
+// Such a limit is tried again at once when the store has grown, and like any
+// other when it was kept in between.
+func TestALimitThatCannotBeKeptIsTriedAgain(t *testing.T) {
+	looked := make(chan struct{}, 100)
+	c := newCollecting(t, nil, policy.Policy{MaxUsed: policy.Bytes(10)})
+	change := c.opts
+	c.opts = func(o *cache.Options) {
+		change(o)
+		disk := o.Disk
+		o.Disk = func() (policy.Disk, error) {
+			looked <- struct{}{}
+			return disk()
+		}
+	}
+	c.reopenStore()
+	held := c.layer(nil, "a", strings.Repeat("x", 90_000))
+	_, err := c.Measure(c.ctx)
+	require.NoError(t, err)
+	require.Equal(t, 0, c.collected())
+	grown := c.layer(held, "b", strings.Repeat("x", 90_000))
+	c.release(grown)
+	_, err = c.Measure(c.ctx)
+	require.NoError(t, err)
+	require.Equal(t, 1, c.collected(), "what was added goes")
+
+	c.release(held)
+	c.removeAll(held.ID())
+	for len(looked) > 0 {
+		<-looked
+	}
+	c.discard(c.new(nil, cache.NewOptions{}, "f", "1"))
+	<-looked // the limit is kept
+	small := c.layer(nil, "c", "x")
+	c.release(small)
+	_, err = c.Measure(c.ctx)
+	require.NoError(t, err)
+	require.Equal(t, 1, c.collected(), "the limit was kept in between")
+	c.stop()
+}
+
+// collected waits for a collection, and says how many records went.
+func (c *collecting) collected() int {
+	c.Helper()
+	select {
+	case sum := <-c.ended:
+		return sum.Removed
+	case <-time.After(time.Minute): // it takes milliseconds
+		require.Fail(c, "nothing is collected")
+	}
+	return 0
+}
+
 // discard releases a mutable that nobody wants.
 func (w *world) discard(mut *cache.MutableRef) {
 	w.Helper()
