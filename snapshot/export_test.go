@@ -2,7 +2,6 @@ package snapshot
 
 import (
 	"os"
-	"strconv"
 	"syscall"
 )
 
@@ -14,7 +13,7 @@ var (
 	DecodeKey  = decodeKey
 )
 
-// Base36 is the name of the short link to a directory.
-func Base36(fi os.FileInfo) string {
-	return strconv.FormatUint(fi.Sys().(*syscall.Stat_t).Ino, 36)
+// ShortName is the name of the short link to a directory.
+func ShortName(fi os.FileInfo) string {
+	return shortNumber(fi.Sys().(*syscall.Stat_t).Ino)
 }

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/big"
 	"os"
 	"path/filepath"
-	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -43,14 +43,18 @@ func (t *tree) shortLink(at string, place entry, elem string) (string, error) {
 }
 
 // shortName is unique among the directories of the tree. Adopted ones may lie
-// on another device, where numbers are given anew.
+// on another device, where numbers are given anew. Five characters stand for
+// 900 million inodes, so that the names of a full stack leave room in the page
+// for the paths of the upper directories.
 func shortName(st *unix.Stat_t, dev uint64) string {
-	name := strconv.FormatUint(st.Ino, 36)
+	name := shortNumber(st.Ino)
 	if st.Dev != dev {
-		name += "-" + strconv.FormatUint(st.Dev, 36)
+		name += "-" + shortNumber(st.Dev)
 	}
 	return name
 }
+
+func shortNumber(n uint64) string { return new(big.Int).SetUint64(n).Text(62) }
 
 // layerLink is the short link of a committed name's fs.
 func (t *tree) layerLink(name string) (string, error) {
