@@ -351,3 +351,33 @@ func TestDiffKeepsLinksIntoSharedDirectories(t *testing.T) {
 		require.True(t, os.SameFile(f, g))
 	})
 }
+
+// TestWhiteoutsOfAnApplier: who unpacks a layer into an upper directory makes the
+// whiteouts, but not the mark by which the kernel finds them where no other layer
+// has their directory. A layer that was cleaned has it, in place or as a copy.
+func TestWhiteoutsOfAnApplier(t *testing.T) {
+	d, _ := stage(t)
+	s := stacker(t, d)
+	finalized(t, d, "other", "", func(dir string) { file(t, filepath.Join(dir, "other"), "") })
+	for _, name := range []string{"cleaned", "raw"} {
+		_, err := d.Prepare(t.Context(), name+"-w", "base")
+		require.NoError(t, err)
+		dir := upper(t, d, name+"-w")
+		require.NoError(t, os.Mkdir(filepath.Join(dir, "d"), 0o755))
+		require.NoError(t, unix.Mknod(filepath.Join(dir, "d", "gone"), unix.S_IFCHR, 0))
+		file(t, filepath.Join(dir, "d", "new"), "")
+	}
+	_, err := s.Clean(t.Context(), "cleaned-w")
+	require.NoError(t, err)
+	for _, name := range []string{"cleaned", "raw"} {
+		require.NoError(t, d.Commit(t.Context(), name, name+"-w"))
+	}
+	require.NoError(t, s.CleanCopy(t.Context(), "copy", "raw"))
+	for _, name := range []string{"cleaned", "copy"} {
+		require.Equal(t, []string{"gone", "new"}, names(t, filepath.Join(upper(t, d, name), "d")))
+		require.NoError(t, s.Stack(t.Context(), "over-"+name, []string{"other", name}))
+		mounted(t, d, "over-"+name, true, func(dir string) {
+			require.Equal(t, []string{"new"}, names(t, filepath.Join(dir, "d")), name)
+		})
+	}
+}

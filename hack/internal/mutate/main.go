@@ -52,7 +52,7 @@ var near = map[string]string{
 	"cache/blobintent.go":   "TestABlobGoes|TestRemotesThat",
 	"cache/ingest.go":       "TestRemotesThat|TestExtract|TestLayersCrash",
 	"cache/sizer.go":        "TestUsage",
-	"snapshot/clean.go":     "TestClean|TestRaw|TestRenamed|TestDeleted|TestWritten",
+	"snapshot/clean.go":     "TestClean|TestRaw|TestRenamed|TestDeleted|TestWritten|TestWhiteouts",
 	"layer/behind.go":       "TestFullDisk",
 }
 
