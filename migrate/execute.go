@@ -205,7 +205,13 @@ func (x *execution) adoptAndVerify(ctx context.Context) error {
 	return errors.Join(err, <-verified)
 }
 
-// verify reads the new store again.
+// verify reads the new store again, from its file: that each page is where the
+// tree says and in use once, that each record and attachment has the checksum
+// with which it was made and can be read, that indexes and all else that is
+// derived are what the records ask for, that totals add up, and that there are
+// as many records as were planned. That a record says what the plan says rests
+// on metadata.Build, which is tested against single transactions; that it stays
+// on the disk, on the sync, and on nothing that could be read before it.
 func (x *execution) verify(ctx context.Context) (err error) {
 	store, err := metadata.Open(ctx, x.path(unfinished), metadata.Options{ReadOnly: true, LockTimeout: -1})
 	if err != nil {
