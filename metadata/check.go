@@ -72,7 +72,7 @@ func (tx *Tx) Check() iter.Seq2[Finding, error] {
 	return func(yield func(Finding, error) bool) {
 		c := &checker{
 			tx: tx, sums: newSums(), names: map[ID]ID{}, keys: map[string]ID{},
-			owners: map[ID]ID{}, asked: newTallies(),
+			owners: map[ID]ID{}, moved: map[ID]bool{}, asked: newTallies(),
 			report: func(f Finding) bool { return yield(f, nil) },
 		}
 		steps := []func() bool{
@@ -100,7 +100,8 @@ type checker struct {
 	sums    *sums
 	names   map[ID]ID
 	keys    map[string]ID // only once something was found to be wrong
-	owners  map[ID]ID     // records by their rows
+	owners  map[ID]ID     // records by their rows, where that is not the id
+	moved   map[ID]bool   // those, by their ids
 	asked   *tallies      // derived rows that records ask for
 	newest  uint64
 	damaged bool // some record cannot be read, so sums cannot be compared
@@ -232,7 +233,9 @@ func (c *checker) record(r *Record) bool {
 	if ms, ok := ulidTime(r.ID); ok {
 		c.newest = max(c.newest, ms)
 	}
-	c.owners[r.row] = r.ID
+	if r.row != r.ID {
+		c.owners[r.row], c.moved[r.ID] = r.ID, true
+	}
 	for _, n := range rowlessNames(r) {
 		other, taken := c.names[n]
 		if ok, err := c.tx.has(bucketRecord, []byte(n)); err == nil && ok {
@@ -404,10 +407,25 @@ func (c *checker) totals() bool {
 	return true
 }
 
+// owner is the record in a row, empty for none.
+func (c *checker) owner(row ID) ID {
+	if id := c.owners[row]; id != "" {
+		return id
+	}
+	_, there := c.sums.records[row]
+	if there && c.moved[row] { // into another row, unless it is there twice
+		there, _ = c.tx.has(bucketRecord, []byte(row)) // what cannot be read was found before
+	}
+	if there {
+		return row
+	}
+	return ""
+}
+
 func (c *checker) attachments() bool {
 	for k, v := range c.tx.scan(bucketAttachment, nil) {
 		owner, name, ok := splitAttachment(k)
-		id := c.owners[owner]
+		id := c.owner(owner)
 		good := true
 		switch {
 		case !ok || v == nil:

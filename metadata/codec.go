@@ -15,11 +15,13 @@ import (
 
 // encodeRecord returns the framed value of a record.
 func encodeRecord(r *Record) ([]byte, error) {
-	b, err := proto.Marshal(recordToPB(r))
+	m := recordToPB(r)
+	b, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(make([]byte, frameHeader, frameHeader+proto.Size(m)), m)
 	if err != nil {
 		return nil, fmt.Errorf("encode record %q: %w", r.ID, err)
 	}
-	return frame([]byte(r.row), b), nil
+	fillFrame([]byte(r.row), b)
+	return b, nil
 }
 
 // decodeRecord reads the framed value of a row. The result shares no memory

@@ -28,16 +28,16 @@ func derived(r *Record) []row {
 	most := len(r.Values) + len(r.Parents) + len(r.Blobs) + len(r.Aliases) + 5
 	rows := make([]row, 0, most)
 	for _, k := range indexKeys(r) {
-		rows = append(rows, row{bucketIndex, string(pairKey(k, id)), ""})
+		rows = append(rows, row{bucketIndex, pairString(k, id), ""})
 	}
 	for _, p := range r.Parents {
-		rows = append(rows, row{bucketChild, string(pairKey(string(p), id)), ""})
+		rows = append(rows, row{bucketChild, pairString(string(p), id), ""})
 	}
 	for _, k := range driverKeys(r) {
 		rows = append(rows, row{bucketSnapshot, k, id})
 	}
 	for _, b := range r.Blobs {
-		rows = append(rows, row{bucketBlob, string(pairKey(string(b.Digest), id)), ""})
+		rows = append(rows, row{bucketBlob, pairString(string(b.Digest), id), ""})
 	}
 	if unsettled(r) {
 		rows = append(rows, row{bucketUnsettled, id, ""})

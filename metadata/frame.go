@@ -24,10 +24,15 @@ func frameSum(key, payload []byte) uint32 {
 
 // frame wraps the payload of the row with the given key.
 func frame(key, payload []byte) []byte {
-	b := make([]byte, frameHeader, frameHeader+len(payload))
+	b := append(make([]byte, frameHeader, frameHeader+len(payload)), payload...)
+	fillFrame(key, b)
+	return b
+}
+
+// fillFrame completes a frame whose payload is there, behind room for a header.
+func fillFrame(key, b []byte) {
 	b[0] = frameV1
-	binary.BigEndian.PutUint32(b[1:], frameSum(key, payload))
-	return append(b, payload...)
+	binary.BigEndian.PutUint32(b[1:], frameSum(key, b[frameHeader:]))
 }
 
 // unframe checks a value and returns its payload, which shares its memory.

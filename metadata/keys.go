@@ -3,6 +3,7 @@ package metadata
 import (
 	"encoding/binary"
 	"fmt"
+	"strings"
 )
 
 // The buckets. Their keys and values are drawn in doc.go.
@@ -42,6 +43,17 @@ func pairKey(first, second string) []byte {
 	k = binary.BigEndian.AppendUint16(k, uint16(len(first)))
 	k = append(k, first...)
 	return append(k, second...)
+}
+
+// pairString is pairKey as a string.
+func pairString(first, second string) string {
+	var k strings.Builder
+	k.Grow(2 + len(first) + len(second))
+	_ = k.WriteByte(byte(len(first) >> 8)) // a Builder has no errors
+	_ = k.WriteByte(byte(len(first)))
+	k.WriteString(first)
+	k.WriteString(second)
+	return k.String()
 }
 
 // pairPrefix is what the keys of all pairs with this first half start with.

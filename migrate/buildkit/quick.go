@@ -121,6 +121,12 @@ func quickValue(b []byte, field any) (ok bool) {
 			*f = n
 		}
 		return ok
+	case *uint64:
+		n, ok := quickInt(b)
+		if ok = ok && n >= 0; ok {
+			*f = uint64(n)
+		}
+		return ok
 	case *bool:
 		if s := string(b); s == "true" || s == "false" {
 			*f = s == "true"
