@@ -39,18 +39,21 @@ func TestFieldsOfAPair(t *testing.T) {
 	}{
 		"policy, of the mutable": {nil, nil, func(t *testing.T, rec *cache.Record) { require.True(t, rec.Retain) }},
 		"policy, of the immutable": {
-			row{"cache.cachePolicy": 1}, row{"cache.cachePolicy": nil},
+			row{"cache.cachePolicy": 1},
+			row{"cache.cachePolicy": nil},
 			func(t *testing.T, rec *cache.Record) { require.True(t, rec.Retain) },
 		},
 		"uses, the larger count and the later time": {
-			row{"cache.usageCount": 7, "cache.lastUsedAt": 10}, row{"cache.usageCount": 3, "cache.lastUsedAt": 20},
+			row{"cache.usageCount": 7, "cache.lastUsedAt": 10},
+			row{"cache.usageCount": 3, "cache.lastUsedAt": 20},
 			func(t *testing.T, rec *cache.Record) {
 				require.Equal(t, uint64(7), rec.UsageCount)
 				require.Equal(t, ns(20), rec.LastUsed)
 			},
 		},
 		"created, when it was committed": {
-			row{"cache.createdAt": int64(30)}, row{"cache.createdAt": int64(20)},
+			row{"cache.createdAt": int64(30)},
+			row{"cache.createdAt": int64(20)},
 			func(t *testing.T, rec *cache.Record) { require.Equal(t, ns(30), rec.Created) },
 		},
 		"what it is called, by the immutable": {
@@ -61,13 +64,15 @@ func TestFieldsOfAPair(t *testing.T) {
 			},
 		},
 		"what it is called, by the mutable alone": {
-			nil, row{"cache.description": "mut", "cache.recordType": "internal", "cache.imageRefs": []string{"m"}},
+			nil,
+			row{"cache.description": "mut", "cache.recordType": "internal", "cache.imageRefs": []string{"m"}},
 			func(t *testing.T, rec *cache.Record) {
 				require.Equal(t, []string{"mut", "internal", "m"}, []string{rec.Description, rec.Type, rec.ImageRefs[0]})
 			},
 		},
 		"size": {
-			row{"snapshot.size": 5}, row{"snapshot.size": 6},
+			row{"snapshot.size": 5},
+			row{"snapshot.size": 6},
 			func(t *testing.T, rec *cache.Record) { require.Equal(t, int64(5), rec.Size) },
 		},
 		"size, of the mutable": {
@@ -88,7 +93,8 @@ func TestFieldsOfAPair(t *testing.T) {
 			},
 		},
 		"the key of a value that has a meaning": {
-			row{"cache.description": legacytest.Indexed{Value: "d", Index: "called:d"}}, row{"cache.usageCount": legacytest.Indexed{Value: 4, Index: "used:4"}},
+			row{"cache.description": legacytest.Indexed{Value: "d", Index: "called:d"}},
+			row{"cache.usageCount": legacytest.Indexed{Value: 4, Index: "used:4"}},
 			func(t *testing.T, rec *cache.Record) {
 				require.Equal(t, "d", rec.Description)
 				require.Len(t, rec.Values, 2)
@@ -97,7 +103,8 @@ func TestFieldsOfAPair(t *testing.T) {
 			},
 		},
 		"parent, of the mutable alone, as up to v0.9": {
-			row{"cache.parent": nil}, nil,
+			row{"cache.parent": nil},
+			nil,
 			func(t *testing.T, rec *cache.Record) { require.Equal(t, []metadata.ID{"p"}, rec.Parents) },
 		},
 	}

@@ -123,7 +123,7 @@ func quickValue(b []byte, field any) (ok bool) {
 		return ok
 	case *uint64:
 		n, ok := quickInt(b)
-		if ok = ok && n >= 0; ok {
+		if ok = ok && b[0] != '-'; ok { // nor "-0", which encoding/json refuses
 			*f = uint64(n)
 		}
 		return ok
