@@ -532,7 +532,7 @@ func TestUsageMeasuresOnce(t *testing.T) {
 		}
 		first, size := measured()
 		require.Len(w, first, 2, "the committed one and the one that is written to")
-		require.Greater(w, size, int64(8192))
+		require.GreaterOrEqual(w, size, int64(8192)) // directories take nothing on some file systems
 		again, same := measured()
 		require.Len(w, again, 1, "the one that is written to may have grown")
 		require.Equal(w, size, same)
