@@ -213,7 +213,6 @@ func (c *collector) collect(ctx context.Context, why string) {
 			c.m.log.Warn("collection failed; it is tried again", "why", why, "error", err)
 		}
 		c.swept = c.m.now()
-		clear(c.stuck)
 		over, oerr := c.exceeded(ctx)
 		if oerr != nil {
 			c.m.log.Warn("what is left to prune could not be found out", "error", oerr)

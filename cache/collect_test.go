@@ -322,7 +322,7 @@ func TestALimitThatCannotBeKeptIsTriedAgain(t *testing.T) {
 	_, err := c.Measure(c.ctx)
 	require.NoError(t, err)
 	require.Equal(t, 0, c.collected())
-	grown := c.layer(held, "b", strings.Repeat("x", 90_000))
+	grown := c.layer(nil, "b", strings.Repeat("x", 90_000))
 	c.release(grown)
 	_, err = c.Measure(c.ctx)
 	require.NoError(t, err)
