@@ -82,7 +82,7 @@ func coreMutants() []mutant {
 		{"cache/policy/group.go", "\t\tk, ok := at[key{value, set}]\n\t\tif !ok {\n\t\t\tk = len(g.groups)\n\t\t\tat[key{value, set}] = k\n", "\t\tk, ok := at[key{value, true}]\n\t\tif !ok {\n\t\t\tk = len(g.groups)\n\t\t\tat[key{value, true}] = k\n", "an empty label and none are one group"},
 		{"cache/policy/due.go", "\tif c.maxUsed != nil || c.minFree != nil {", "\tif false {", "a collection names the target instead of the limit"},
 		{"cache/collect.go", "\t\tif !stuck || again || x.Used > was+was/collectGrowth {", "\t\tif _ = was; !stuck || again {", "a store that grows over a stuck limit is not collected"},
-		{"cache/collect.go", "\t\tclear(c.stuck)\n", "", "a limit that is kept again stays stuck"},
+		{"cache/collect.go", "\t\t\treturn !slices.ContainsFunc(over,", "\t\t\treturn false && !slices.ContainsFunc(over,", "a limit that is kept again stays stuck"},
 		{"cache/usage.go", "; ok && k.revision == e.Record.Revision {", "; ok {", "a size of an earlier revision is told"},
 		{"cache/usage.go", "if j, ok := at[p]; ok && !s.entries[j].InUse {", "if j, ok := at[p]; ok && false {", "what lies below a held record counts as reclaimable"},
 		{"cache/usage.go", "\t\tif damaged {\n", "\t\tif damaged && false {\n", "the parent of a record that cannot be read is planned"},
