@@ -234,7 +234,7 @@ func (n *node) set(at string) error {
 		err = unix.Setxattr(at, "security.capability", []byte(netRaw), 0)
 	case err == nil && n.kind == 'f':
 		// Not every file system takes it away with a new owner.
-		if err = unix.Removexattr(at, "security.capability"); err == unix.ENODATA { //nolint:errorlint // of a system call
+		if err = unix.Removexattr(at, "security.capability"); err == unix.ENODATA {
 			err = nil
 		}
 	}
