@@ -18,6 +18,7 @@ import (
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/cache/policy"
+	"github.com/lamina-build/lamina/layer"
 	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/snapshot"
 )
@@ -571,4 +572,35 @@ func TestAParentStaysWithItsChild(t *testing.T) {
 		w.release(child)
 		w.removeAll(parent.ID(), child.ID())
 	})
+}
+
+// What lies below a record that cannot be read is no victim: a prune that says
+// what it frees must not count on bytes that stay.
+func TestParentOfADamagedRecordIsSpared(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	w.broken = true
+	// Without a snapshot nothing but the row of its parent tells of the child.
+	base := w.byBlob(pack(t, layer.Gzip, layerTar(t, file{name: "a"})), nil, nil)
+	top := w.byBlob(pack(t, layer.Gzip, layerTar(t, file{name: "b"})), base, nil)
+	other := w.layer(nil, "a", "2")
+	w.release(base, other, top)
+	w.closeStore()
+	path := filepath.Join(w.root, cache.StoreFile)
+	data, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.NoError(t, flipAfter(data, []byte(top.ID()+"\x01"), 8))
+	require.NoError(t, os.WriteFile(path, data, 0o600))
+	w.reopenStore()
+
+	plan := w.plan()
+	require.Equal(t, []cache.ID{other.ID()}, victims(plan))
+	require.Len(t, plan.Kept(), 1)
+	require.Equal(t, string(base.ID()), plan.Kept()[0].Record.ID)
+	require.Equal(t, policy.Held, plan.Kept()[0].Reason)
+	require.Contains(t, plan.Kept()[0].Message, "cannot be read")
+	removed, failed := w.execute(plan)
+	require.Empty(t, failed)
+	require.Len(t, removed, 1)
+	require.Equal(t, plan.Freed, removed[0].Freed)
+	w.closeStore()
 }

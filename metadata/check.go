@@ -285,7 +285,8 @@ func (c *checker) rival(asked row, value []byte) bool {
 }
 
 func (c *checker) parents() bool {
-	for p, children := range c.sums.children {
+	var missing []ID
+	for p := range c.sums.children {
 		if _, ok := c.sums.records[p]; ok {
 			continue
 		}
@@ -294,10 +295,13 @@ func (c *checker) parents() bool {
 			c.tx.fail(err)
 			return true
 		}
-		if ok {
-			continue
+		if !ok {
+			missing = append(missing, p)
 		}
-		for _, child := range children {
+	}
+	slices.Sort(missing)
+	for _, p := range missing {
+		for _, child := range c.sums.children[p] {
 			if child != "" && !c.find(CodeParentMissing, child, bucketRecord, []byte(child), "parent %q of record %q does not exist", p, child) {
 				return false
 			}
