@@ -6,6 +6,7 @@ import (
 	"math"
 	"slices"
 	"time"
+	"unsafe"
 
 	digest "github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
@@ -111,35 +112,39 @@ func blobToPB(b Blob) *recordpb.Blob {
 func recordFromPB(row ID, m *recordpb.Record) *Record {
 	r := &Record{
 		ID: row, row: row, State: State(m.State), Op: Op(m.Op), Revision: m.Revision,
-		Key: string(m.Key), Was: string(m.Was),
+		Key: text[string](m.Key), Was: text[string](m.Was),
 		Parents: fromBytes[ID](m.Parents), Aliases: fromBytes[ID](m.Aliases),
 		Retain: m.Retain, Interrupted: m.Interrupted, RetainAfter: m.RetainAfter,
 		OnPowerCut: PowerCut(m.OnPowerCut), Durable: m.Durable, Raw: m.Raw,
-		Type: string(m.Type), Description: string(m.Description), Labels: unpair(m.Labels),
+		Type: text[string](m.Type), Description: text[string](m.Description), Labels: unpair(m.Labels),
 		Created: fromInstant(m.Created), LastUsed: fromInstant(m.LastUsed),
 		UsageCount: m.UsageCount, Cost: time.Duration(m.Cost), Size: m.Size,
-		ChainID: digest.Digest(m.ChainId), DiffID: digest.Digest(m.DiffId), Verified: m.Verified,
+		ChainID: text[digest.Digest](m.ChainId), DiffID: text[digest.Digest](m.DiffId), Verified: m.Verified,
 		ImageRefs: fromBytes[string](m.ImageRefs),
 		unknown:   m.ProtoReflect().GetUnknown(),
 	}
 	if len(m.Id) > 0 {
-		r.ID = ID(m.Id)
+		r.ID = text[ID](m.Id)
 	}
 	for _, b := range m.Blobs {
 		r.Blobs = append(r.Blobs, Blob{
-			Digest: digest.Digest(b.Digest), MediaType: string(b.MediaType), Size: b.Size,
-			DiffID: digest.Digest(b.DiffId), Annotations: unpair(b.Annotations),
+			Digest: text[digest.Digest](b.Digest), MediaType: text[string](b.MediaType), Size: b.Size,
+			DiffID: text[digest.Digest](b.DiffId), Annotations: unpair(b.Annotations),
 			URLs: fromBytes[string](b.Urls), Stored: b.Stored, Claimed: b.Claimed, unknown: b.ProtoReflect().GetUnknown(),
 		})
 	}
 	for _, v := range m.Values {
 		r.Values = append(r.Values, Value{
-			Name: string(v.Name), Data: v.Data, Index: string(v.Index),
+			Name: text[string](v.Name), Data: v.Data, Index: text[string](v.Index),
 			unknown: v.ProtoReflect().GetUnknown(),
 		})
 	}
 	return r
 }
+
+// text is a field that was decoded, without a copy: the decoder made one
+// already, and nobody but the message has it, which goes or is reset.
+func text[S ~string](b []byte) S { return S(unsafe.String(unsafe.SliceData(b), len(b))) }
 
 func toBytes[S ~string](list []S) [][]byte {
 	var out [][]byte
@@ -152,7 +157,7 @@ func toBytes[S ~string](list []S) [][]byte {
 func fromBytes[S ~string](list [][]byte) []S {
 	var out []S
 	for _, b := range list {
-		out = append(out, S(b))
+		out = append(out, text[S](b))
 	}
 	return out
 }
@@ -171,7 +176,7 @@ func unpair(list []*recordpb.Pair) map[string]string {
 	}
 	m := make(map[string]string, len(list))
 	for _, p := range list {
-		m[string(p.Key)] = string(p.Value)
+		m[text[string](p.Key)] = text[string](p.Value)
 	}
 	return m
 }
