@@ -5,6 +5,9 @@ import "github.com/containerd/containerd/v2/core/content"
 // HoldPath is where the hold of a record lies.
 var HoldPath = holdPath
 
+// TakeHold takes a hold as a process of its own would.
+var TakeHold = takeHold
+
 // WithContentSeam has all calls of the cache's own content store go through what
 // seam makes of it.
 func (o Options) WithContentSeam(seam func(content.Store) content.Store) Options {

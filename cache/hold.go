@@ -60,22 +60,32 @@ func (h *Hold) Release() error {
 	}
 	f := h.file
 	h.file = nil
+	return leaveHold(f, h.path)
+}
+
+// leaveHold gives up what f has locked, and unlinks the file if nobody else has
+// its name. The locks go first and are asked for after: of two who leave at
+// once, each would else find the other, and the file would stay.
+func leaveHold(f *os.File, path string) error {
 	var errs []error
-	// Only who keeps the name alone may unlink it, and only the file he has:
-	// somebody may have unlinked ours and made another.
+	unlock := func(at int64) {
+		_, err := lockByte(f, at, unix.F_UNLCK)
+		errs = append(errs, err)
+	}
+	unlock(holdByte)
+	unlock(nameByte)
 	alone, err := lockByte(f, nameByte, unix.F_WRLCK)
 	errs = append(errs, err)
-	if alone && sameFile(f, h.path) {
-		if err := os.Remove(h.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	// Only the file that is locked: somebody may have unlinked it and made
+	// another.
+	if alone && sameFile(f, path) {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
 	// Closing would do, were it not for children that are just being
 	// forked: until their exec they have the file, too.
-	for _, at := range []int64{holdByte, nameByte} {
-		_, err := lockByte(f, at, unix.F_UNLCK)
-		errs = append(errs, err)
-	}
+	unlock(nameByte)
 	return errors.Join(append(errs, f.Close())...)
 }
 
@@ -155,7 +165,8 @@ func takeHold(root string, id ID, exclusive bool, command string, now time.Time)
 			err = &LockedError{ID: id, Holders: readHolders(f)}
 		}
 		if err != nil {
-			return nil, errors.Join(err, f.Close())
+			// Who held it may have left meanwhile, and left the name to us.
+			return nil, errors.Join(err, leaveHold(f, path))
 		}
 		if exclusive {
 			_ = f.Truncate(0) // what others wrote who were killed

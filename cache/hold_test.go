@@ -2,6 +2,7 @@ package cache_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"sync"
@@ -352,4 +353,31 @@ func TestHoldsTakenAndGivenUpAtOnce(t *testing.T) {
 	}
 	group.Wait()
 	w.release(imm)
+}
+
+// Of those who want a hold for themselves one has it, and whoever leaves last,
+// with it or without, leaves no file.
+func TestHoldsThatAreFoughtOver(t *testing.T) {
+	root := t.TempDir()
+	require.NoError(t, os.Mkdir(filepath.Join(root, "holds"), 0o700))
+	const id = cache.ID("one")
+	for round := range 3000 {
+		var group sync.WaitGroup
+		errs := make([]error, 4)
+		for i := range errs {
+			group.Go(func() {
+				hold, err := cache.TakeHold(root, id, i > 0, "test", time.Now())
+				if locked := (*cache.LockedError)(nil); errors.As(err, &locked) {
+					return
+				}
+				if err == nil {
+					err = hold.Release()
+				}
+				errs[i] = err
+			})
+		}
+		group.Wait()
+		require.NoError(t, errors.Join(errs...))
+		require.NoFileExists(t, cache.HoldPath(root, id), "round %d", round)
+	}
 }

@@ -89,7 +89,7 @@ func coreMutants() []mutant {
 		{"cache/prune.go", "\t\tcase e.Record.Revision != v.Record.Revision:", "\t\tcase e.Record.Revision < v.Record.Revision:", "a plan from a file takes what has changed since"},
 		{"cache/prune.go", "if _, gone := victims[p]; gone {", "if _, gone := victims[p]; gone && false {", "a plan from a file takes the parent of what it keeps"},
 		// Holds.
-		{"cache/hold.go", "	if alone && sameFile(f, h.path) {", "	if (alone || true) && sameFile(f, h.path) {", "a hold file is unlinked under another holder"},
+		{"cache/hold.go", "	if alone && sameFile(f, path) {", "	if (alone || true) && sameFile(f, path) {", "a hold file is unlinked under another holder"},
 		{"cache/hold.go", "	if write {\n		how = unix.F_WRLCK\n	}\n	if busy, err = locked", "	if !write {\n		how = unix.F_WRLCK\n	}\n	if busy, err = locked", "readers keep readers out, and writers in"},
 		{"cache/hold.go", "	m.pool.detach(e.id)\n	m.lock()", "	m.lock()", "a detached mount ends with the manager"},
 		{"cache/hold.go", "	if !recorded {\n		return nil, fmt.Errorf(\"record %s is in memory only", "	if !recorded && false {\n		return nil, fmt.Errorf(\"record %s is in memory only", "a snapshot that nothing names is detached"},
