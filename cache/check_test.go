@@ -105,17 +105,9 @@ func edit(w *world, s *metadata.Store, id cache.ID, fn func(*cache.Record)) {
 // What the store itself finds is handed on.
 func TestFindingsOfTheStore(t *testing.T) {
 	w := newWorld(t, nativeKind)
-	w.broken = true
 	imm := w.layer(nil, "a", "1")
 	w.release(imm)
-	w.closeStore()
-	path := filepath.Join(w.root, cache.StoreFile)
-	data, err := os.ReadFile(path)
-	require.NoError(t, err)
-	// The record's row has its id in front of its checksum.
-	require.NoError(t, flipAfter(data, []byte(imm.ID()+"\x01"), 8))
-	require.NoError(t, os.WriteFile(path, data, 0o600))
-	w.reopenStore()
+	w.damageRow(imm.ID())
 	codes := map[string]bool{}
 	for _, f := range w.findings() {
 		codes[f.Code] = true
@@ -141,6 +133,20 @@ func TestCheckKnowsWhatIsUnderWay(t *testing.T) {
 		w.check()
 		require.NoError(w, held.Release())
 	})
+}
+
+// damageRow closes the store, makes a record unreadable, and opens it again.
+func (w *world) damageRow(id cache.ID) {
+	w.Helper()
+	w.broken = true
+	w.closeStore()
+	path := filepath.Join(w.root, cache.StoreFile)
+	data, err := os.ReadFile(path)
+	require.NoError(w, err)
+	// The record's row has its id in front of its checksum.
+	require.NoError(w, flipAfter(data, []byte(id+"\x01"), 8))
+	require.NoError(w, os.WriteFile(path, data, 0o600))
+	w.reopenStore()
 }
 
 // flipAfter flips a byte that many bytes behind each place where prefix is.

@@ -578,19 +578,12 @@ func TestAParentStaysWithItsChild(t *testing.T) {
 // what it frees must not count on bytes that stay.
 func TestParentOfADamagedRecordIsSpared(t *testing.T) {
 	w := newWorld(t, overlayKind)
-	w.broken = true
 	// Without a snapshot nothing but the row of its parent tells of the child.
 	base := w.byBlob(pack(t, layer.Gzip, layerTar(t, file{name: "a"})), nil, nil)
 	top := w.byBlob(pack(t, layer.Gzip, layerTar(t, file{name: "b"})), base, nil)
 	other := w.layer(nil, "a", "2")
 	w.release(base, other, top)
-	w.closeStore()
-	path := filepath.Join(w.root, cache.StoreFile)
-	data, err := os.ReadFile(path)
-	require.NoError(t, err)
-	require.NoError(t, flipAfter(data, []byte(top.ID()+"\x01"), 8))
-	require.NoError(t, os.WriteFile(path, data, 0o600))
-	w.reopenStore()
+	w.damageRow(top.ID())
 
 	plan := w.plan()
 	require.Equal(t, []cache.ID{other.ID()}, victims(plan))
