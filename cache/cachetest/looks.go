@@ -53,11 +53,7 @@ func doRead(h *history, op Op) {
 // doMount leaves a mount behind: a writer's for writing, a reader's for
 // reading.
 func doMount(h *history, op Op) {
-	list := h.readers
-	if op.B%2 == 0 {
-		list = h.writers
-	}
-	x, there := pick(list, op.A)
+	x, there := h.pick(op, op.B%2 == 0)
 	if !there {
 		return
 	}

@@ -235,12 +235,16 @@ func doClone(h *history, op Op) {
 	}
 }
 
-func doRelease(h *history, op Op) {
-	list := h.readers
-	if op.B%3 == 0 {
-		list = h.writers
+// pick is the writer or reader that an operation means, if there is one.
+func (h *history) pick(op Op, writer bool) (x *handle, there bool) {
+	if writer {
+		return pick(h.writers, op.A)
 	}
-	x, there := pick(list, op.A)
+	return pick(h.readers, op.A)
+}
+
+func doRelease(h *history, op Op) {
+	x, there := h.pick(op, op.B%3 == 0)
 	if !there {
 		return
 	}
@@ -251,11 +255,7 @@ func doRelease(h *history, op Op) {
 }
 
 func doEdit(h *history, op Op) {
-	list := h.readers
-	if op.B%2 == 0 {
-		list = h.writers
-	}
-	x, there := pick(list, op.A)
+	x, there := h.pick(op, op.B%2 == 0)
 	if !there {
 		return
 	}

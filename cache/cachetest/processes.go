@@ -22,11 +22,7 @@ func doSync(h *history, op Op) {
 // doDetach makes another process of a handle, unless a mount would have to
 // outlive the manager.
 func doDetach(h *history, op Op) {
-	list := h.readers
-	if op.B%2 == 0 {
-		list = h.writers
-	}
-	x, there := pick(list, op.A)
+	x, there := h.pick(op, op.B%2 == 0)
 	if !there || h.model.records[x.name].mounts > 0 {
 		return
 	}
