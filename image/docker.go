@@ -22,7 +22,7 @@ type dockerImage struct {
 }
 
 func dockerImages(from files) (list []dockerImage, err error) {
-	data, err := readAll(from, "manifest.json")
+	data, err := readAll(from, dockerIndex)
 	if err != nil {
 		return nil, err
 	}
@@ -43,16 +43,21 @@ func docker(ctx context.Context, from files, s Select) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("manifest.json: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	var refs []string
+	var names []string
 	var found []dockerImage
 	for _, d := range list {
-		refs = append(refs, d.RepoTags...)
-		if s.Ref == "" || slices.Contains(d.RepoTags, s.Ref) {
+		// One without a tag is called as its config.
+		called := d.RepoTags
+		if len(called) == 0 {
+			called = []string{d.Config}
+		}
+		names = append(names, called...)
+		if s.Ref == "" || slices.Contains(called, s.Ref) {
 			found = append(found, d)
 		}
 	}
 	if len(found) != 1 {
-		return nil, notOne(s.Ref, refs)
+		return nil, notOne(s.Ref, names)
 	}
 	one := found[0]
 	data, err := readAll(from, one.Config)
@@ -62,6 +67,9 @@ func docker(ctx context.Context, from files, s Select) (*Image, error) {
 	var config ocispec.Image
 	if err := json.Unmarshal(data, &config); err != nil {
 		return nil, fmt.Errorf("%s: %w: %w", one.Config, err, errdefs.ErrInvalidArgument)
+	}
+	if err := s.requirePlatform(config.Platform); err != nil {
+		return nil, err
 	}
 	if len(config.RootFS.DiffIDs) != len(one.Layers) {
 		return nil, fmt.Errorf("the config has %d DiffIDs for %d layers: %w", len(config.RootFS.DiffIDs), len(one.Layers), errdefs.ErrInvalidArgument)

@@ -2,6 +2,8 @@ package image
 
 import (
 	"archive/tar"
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -62,7 +64,14 @@ type osFile struct {
 
 func (f osFile) Size() int64 { return f.size }
 
-// maxEntries bounds the table of contents of an archive. An image has some
+// What makes a tar the archive of an image.
+const (
+	ociLayout   = "oci-layout"
+	ociIndex    = "index.json"
+	dockerIndex = "manifest.json"
+)
+
+// maxEntries bounds the table of contents of an image's archive, which has some
 // hundred files.
 const maxEntries = 1 << 18
 
@@ -70,6 +79,16 @@ const maxEntries = 1 << 18
 type tarFiles struct {
 	f       *os.File
 	entries map[string]tarEntry
+	// many says that there were more entries than an image has.
+	many bool
+}
+
+// whole fails if not all entries were kept.
+func (t *tarFiles) whole() error {
+	if t.many {
+		return fmt.Errorf("an image with more than %d files: %w", maxEntries, errdefs.ErrResourceExhausted)
+	}
+	return nil
 }
 
 type tarEntry struct {
@@ -79,14 +98,15 @@ type tarEntry struct {
 }
 
 // scanTar reads the table of contents of a tar. It owns f from then on, unless
-// it fails.
-func scanTar(f *os.File) (*tarFiles, error) {
+// it fails. Of more files than an image has it keeps only those that say that it
+// is one.
+func scanTar(ctx context.Context, f *os.File, s Select) (*tarFiles, error) {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return nil, err
 	}
 	t := &tarFiles{f: f, entries: map[string]tarEntry{}}
 	r := tar.NewReader(f) // seeks over contents, and reads no further
-	for {
+	for n := int64(1); ; n++ {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
 			return t, nil
@@ -94,10 +114,16 @@ func scanTar(f *os.File) (*tarFiles, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read the archive: %w: %w", err, errdefs.ErrInvalidArgument)
 		}
-		if len(t.entries) == maxEntries {
-			return nil, fmt.Errorf("the archive has more than %d entries: %w", maxEntries, errdefs.ErrResourceExhausted)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if err := s.Limits.CheckEntries(n); err != nil {
+			return nil, fmt.Errorf("read the archive: %w", err)
 		}
 		name := clean(h.Name)
+		if t.many = n > cmp.Or(s.maxEntries, maxEntries); t.many && name != ociLayout && name != ociIndex && name != dockerIndex {
+			continue
+		}
 		switch h.Typeflag {
 		case tar.TypeReg:
 			at, err := f.Seek(0, io.SeekCurrent)

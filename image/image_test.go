@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -237,4 +238,100 @@ func TestLinksDoNotLeadOut(t *testing.T) {
 	_, err := Open(t.Context(), dir, Select{})
 	require.Error(t, err)
 	require.NotContains(t, err.Error(), "root")
+}
+
+// TestChoiceOfAnImage: where a Select leaves several images, or none, the error
+// says which there are.
+func TestChoiceOfAnImage(t *testing.T) {
+	dir := t.TempDir()
+	put := func(mediaType string, v any) ocispec.Descriptor {
+		data, err := json.Marshal(v)
+		require.NoError(t, err)
+		d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+		require.NoError(t, os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o700))
+		require.NoError(t, os.WriteFile(filepath.Join(dir, blobName(d.Digest)), data, 0o600))
+		return d
+	}
+	manifest := func(arch, text string) ocispec.Descriptor {
+		layer := digest.FromString(text)
+		config := put(ocispec.MediaTypeImageConfig, ocispec.Image{
+			Platform: ocispec.Platform{OS: "linux", Architecture: arch}, RootFS: ocispec.RootFS{DiffIDs: []digest.Digest{layer}},
+		})
+		return put(ocispec.MediaTypeImageManifest, ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageLayer, Digest: layer, Size: 5}}})
+	}
+	index := func(list ...ocispec.Descriptor) {
+		data, err := json.Marshal(ocispec.Index{Manifests: list})
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "index.json"), data, 0o600))
+	}
+	refused := func(s Select, by string, choices ...string) {
+		t.Helper()
+		_, err := Open(t.Context(), dir, s)
+		var e *SelectError
+		require.ErrorAs(t, err, &e)
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+		require.Equal(t, by, e.By)
+		require.ElementsMatch(t, choices, e.Choices)
+		for _, c := range choices {
+			require.ErrorContains(t, err, c)
+		}
+	}
+	opens := func(s Select, text string) {
+		t.Helper()
+		img, err := Open(t.Context(), dir, s)
+		require.NoError(t, err)
+		require.Equal(t, digest.FromString(text), img.Layers[0].Digest)
+		require.NoError(t, img.Close())
+	}
+	one, two, arm := manifest("riscv64", "one"), manifest("riscv64", "two"), manifest("arm64", "arm")
+	riscv := Select{Platform: "linux/riscv64"}
+
+	index(one, two, arm)
+	refused(riscv, "ref", one.Digest.String(), two.Digest.String())
+	refused(Select{Platform: "linux/s390x"}, "platform", "linux/riscv64", "linux/arm64")
+	refused(Select{Ref: "nobody"}, "ref", one.Digest.String(), two.Digest.String(), arm.Digest.String())
+	opens(Select{Platform: "linux/arm64"}, "arm")
+	opens(Select{Ref: two.Digest.String()}, "two")
+	opens(Select{Ref: two.Digest.String(), Platform: "linux/riscv64"}, "two")
+	refused(Select{Ref: two.Digest.String(), Platform: "linux/arm64"}, "platform", "linux/riscv64")
+
+	index(one, one)
+	opens(riscv, "one")
+	index(put(ocispec.MediaTypeImageIndex, ocispec.Index{Manifests: []ocispec.Descriptor{one, two}}))
+	refused(riscv, "ref", one.Digest.String(), two.Digest.String())
+	opens(Select{Ref: one.Digest.String()}, "one")
+	index()
+	refused(Select{}, "ref")
+}
+
+// TestPlatformIsLookedAt, whatever it is that is opened.
+func TestPlatformIsLookedAt(t *testing.T) {
+	layer := tarOf(t, entry{name: "a", text: "1"})
+	config, err := json.Marshal(ocispec.Image{
+		Platform: ocispec.Platform{OS: "linux", Architecture: "arm64"},
+		RootFS:   ocispec.RootFS{DiffIDs: []digest.Digest{digest.FromBytes(layer)}},
+	})
+	require.NoError(t, err)
+	docker := tarOf(t,
+		entry{name: "layer.tar", text: string(layer)}, entry{name: "config.json", text: string(config)},
+		entry{name: "manifest.json", text: `[{"Config":"config.json","Layers":["layer.tar"]},{"Config":"other.json","Layers":["layer.tar"]}]`},
+	)
+	var oci bytes.Buffer
+	require.NoError(t, WriteTar(t.Context(), &oci, two(t)))
+	for _, name := range []string{save(t, layer), save(t, zipped(t, layer)), save(t, docker), save(t, oci.Bytes())} {
+		for _, s := range []Select{{Platform: "linux/"}, {Platform: "a b"}, {Platform: "linux/s390x"}, {Ref: "nobody", Platform: "linux/arm64"}} {
+			_, err := Open(t.Context(), name, s)
+			var e *SelectError
+			require.ErrorAs(t, err, &e, "%+v", s)
+			require.Equal(t, 1, strings.Count(err.Error(), "open image"), "%v", err)
+			require.NotContains(t, err.Error(), "invalid argument", "it says what is wrong itself")
+		}
+	}
+	img, err := Open(t.Context(), save(t, docker), Select{Ref: "config.json", Platform: "linux/arm64"})
+	require.NoError(t, err)
+	require.NoError(t, img.Close())
+	_, err = Open(t.Context(), save(t, docker), Select{Ref: "config.json", Platform: "linux/amd64"})
+	require.ErrorContains(t, err, "linux/arm64")
+	_, err = Open(t.Context(), save(t, docker), Select{})
+	require.ErrorContains(t, err, "config.json, other.json")
 }

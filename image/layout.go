@@ -1,13 +1,13 @@
 package image
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
 	"slices"
-	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -24,7 +24,7 @@ const (
 
 // layout opens an image of an OCI image layout.
 func layout(from files, s Select) (*Image, error) {
-	data, err := readAll(from, "index.json")
+	data, err := readAll(from, ociIndex)
 	if err != nil {
 		return nil, fmt.Errorf("no OCI image layout: %w", err)
 	}
@@ -32,11 +32,11 @@ func layout(from files, s Select) (*Image, error) {
 	if err := json.Unmarshal(data, &index); err != nil {
 		return nil, fmt.Errorf("index.json: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	top, name, err := byRef(index.Manifests, s.Ref)
+	top, name, err := byRef(from, index.Manifests, s.Ref)
 	if err != nil {
 		return nil, err
 	}
-	desc, err := byPlatform(from, top, s.Platform)
+	desc, err := byPlatform(from, top, s)
 	if err != nil {
 		return nil, err
 	}
@@ -69,19 +69,16 @@ func layout(from files, s Select) (*Image, error) {
 
 func blobName(d digest.Digest) string { return "blobs/" + d.Algorithm().String() + "/" + d.Encoded() }
 
-// byRef picks the manifests of one name.
-func byRef(all []ocispec.Descriptor, ref string) (list []ocispec.Descriptor, name string, err error) {
+// byRef picks the manifests of one name, or the one with a digest, and gives the
+// name that they have.
+func byRef(from files, all []ocispec.Descriptor, ref string) (list []ocispec.Descriptor, name string, err error) {
 	named := map[string][]ocispec.Descriptor{}
 	for _, d := range all {
-		name := d.Annotations[ocispec.AnnotationRefName]
-		full := d.Annotations[annotationName]
-		switch {
-		case ref != "" && (ref == name || ref == full):
-			named[ref] = append(named[ref], d)
-		case ref == "" && full != "":
-			named[full] = append(named[full], d)
+		switch tag, name := d.Annotations[ocispec.AnnotationRefName], nameOf(d); {
 		case ref == "":
 			named[name] = append(named[name], d)
+		case ref == tag || ref == name:
+			named[ref] = append(named[ref], d)
 		}
 	}
 	if len(named) == 1 {
@@ -89,68 +86,106 @@ func byRef(all []ocispec.Descriptor, ref string) (list []ocispec.Descriptor, nam
 			return list, name, nil
 		}
 	}
-	return nil, "", notOne(ref, refsOf(all))
-}
-
-func refsOf(all []ocispec.Descriptor) (refs []string) {
-	for _, d := range all {
-		for _, name := range []string{d.Annotations[annotationName], d.Annotations[ocispec.AnnotationRefName]} {
-			if name != "" {
-				refs = append(refs, name)
-				break
+	if _, err := digest.Parse(ref); err == nil {
+		inner, err := manifests(from, all, 0, new(int))
+		if err != nil {
+			return nil, "", err
+		}
+		for _, d := range slices.Concat(all, inner) {
+			if string(d.Digest) == ref {
+				return []ocispec.Descriptor{d}, nameOf(d), nil
 			}
 		}
 	}
-	slices.Sort(refs)
-	return slices.Compact(refs)
+	choices := make([]string, len(all))
+	for i, d := range all {
+		choices[i] = cmp.Or(nameOf(d), string(d.Digest))
+	}
+	return nil, "", notOne(ref, choices)
+}
+
+// nameOf is the name of an image in an index, empty if it has none.
+func nameOf(d ocispec.Descriptor) string {
+	return cmp.Or(d.Annotations[annotationName], d.Annotations[ocispec.AnnotationRefName])
 }
 
 // notOne says that a name means no image, or that one is needed.
-func notOne(ref string, refs []string) error {
-	there := "none has a name"
-	if len(refs) > 0 {
-		there = "there are " + strings.Join(refs[:min(len(refs), 10)], ", ")
+func notOne(ref string, choices []string) error {
+	e := &SelectError{By: "ref", Choices: slices.Compact(slices.Sorted(slices.Values(choices)))}
+	switch {
+	case ref != "":
+		e.What = fmt.Sprintf("no image is called %q", ref)
+	case len(choices) == 0:
+		e.What = "there is no image"
+	default:
+		e.What = "there are several images"
 	}
-	if ref == "" {
-		return fmt.Errorf("there is not exactly one image, so its name is needed; %s: %w", there, errdefs.ErrInvalidArgument)
+	return e
+}
+
+// matcher says which platforms are meant.
+func (s Select) matcher() (platforms.MatchComparer, error) {
+	if s.Platform == "" {
+		return platforms.Default(), nil
 	}
-	return fmt.Errorf("no image is called %q; %s: %w", ref, there, errdefs.ErrInvalidArgument)
+	p, err := platforms.Parse(s.Platform)
+	if err != nil {
+		return nil, &SelectError{What: fmt.Sprintf("%q is no platform, one is for example linux/arm64", s.Platform), By: "platform"}
+	}
+	return platforms.Only(p), nil
+}
+
+// requirePlatform refuses an image that is not for the platform that was asked
+// for.
+func (s Select) requirePlatform(p ocispec.Platform) error {
+	if s.Platform == "" {
+		return nil
+	}
+	match, err := s.matcher()
+	if err == nil && !match.Match(p) {
+		err = s.noneFits([]string{platforms.Format(p)})
+	}
+	return err
+}
+
+func (s Select) noneFits(there []string) error {
+	what := "no image is for this machine's platform"
+	if s.Platform != "" {
+		what = fmt.Sprintf("no image is for platform %q", s.Platform)
+	}
+	return &SelectError{What: what, By: "platform", Choices: slices.Compact(slices.Sorted(slices.Values(there)))}
 }
 
 // byPlatform picks the manifest of a platform among manifests and what indexes
-// list. One that says nothing of a platform is taken if it is the only one.
-func byPlatform(from files, list []ocispec.Descriptor, platform string) (none ocispec.Descriptor, err error) {
+// list. One that says nothing of a platform is taken if it is the only one. Two
+// different ones that fit equally well are none.
+func byPlatform(from files, list []ocispec.Descriptor, s Select) (none ocispec.Descriptor, err error) {
 	all, err := manifests(from, list, 0, new(int))
 	if err != nil {
 		return none, err
 	}
-	if platform == "" && len(all) == 1 {
-		return all[0], nil
-	}
-	match := platforms.Default()
-	if platform != "" {
-		p, err := platforms.Parse(platform)
-		if err != nil {
-			return none, fmt.Errorf("platform %q: %w: %w", platform, err, errdefs.ErrInvalidArgument)
-		}
-		match = platforms.Only(p)
+	match, err := s.matcher()
+	if err != nil {
+		return none, err
 	}
 	var fits []ocispec.Descriptor
 	var there []string
 	for _, d := range all {
+		if s.Platform == "" && len(all) == 1 {
+			return d, nil
+		}
 		p, err := platformOf(from, d)
 		if err != nil {
 			return none, err
 		}
 		there = append(there, platforms.Format(p))
 		if match.Match(p) {
-			fits = append(fits, d)
 			d.Platform = &p
-			fits[len(fits)-1] = d
+			fits = append(fits, d)
 		}
 	}
 	if len(fits) == 0 {
-		return none, fmt.Errorf("no image is for this platform; there are %s: %w", strings.Join(there, ", "), errdefs.ErrInvalidArgument)
+		return none, s.noneFits(there)
 	}
 	slices.SortStableFunc(fits, func(a, b ocispec.Descriptor) int {
 		switch {
@@ -161,6 +196,16 @@ func byPlatform(from files, list []ocispec.Descriptor, platform string) (none oc
 		}
 		return 0
 	})
+	choices := []string{string(fits[0].Digest)}
+	for _, d := range fits[1:] {
+		if d.Digest != fits[0].Digest && !match.Less(*fits[0].Platform, *d.Platform) {
+			choices = append(choices, string(d.Digest))
+		}
+	}
+	if len(choices) > 1 {
+		what := "there are several images for platform " + platforms.Format(*fits[0].Platform)
+		return none, &SelectError{What: what, By: "ref", Choices: slices.Compact(slices.Sorted(slices.Values(choices)))}
+	}
 	return fits[0], nil
 }
 
@@ -197,7 +242,7 @@ func manifests(from files, list []ocispec.Descriptor, depth int, seen *int) (out
 		}
 	}
 	if depth == 0 && len(out) == 0 {
-		return nil, fmt.Errorf("there is no image: %w", errdefs.ErrInvalidArgument)
+		return nil, notOne("", nil)
 	}
 	return out, nil
 }

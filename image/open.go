@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -21,14 +22,52 @@ import (
 // writes it.
 const annotationDiffID = "containerd.io/uncompressed"
 
-// Select says which image of an archive is meant.
+// Select says which image of an archive is meant, and how much is taken from
+// the archive to find it.
 type Select struct {
-	// Ref is the name or tag of the image; empty if there is but one.
+	// Ref is the name or tag of the image, or the digest of its manifest in an
+	// OCI layout; empty if there is but one.
 	Ref string
 	// Platform is as containerd writes it ("linux/arm64"); empty is that of
 	// this machine, or the only one that there is.
 	Platform string
+	// Limits bound an archive in a file or from standard input: Bytes its length
+	// and that of what it unpacks to, Entries its files, of which an image has
+	// never more than 1<<18. Nothing is copied of directories. The zero value has
+	// the defaults of layers.
+	Limits layer.Limits
+	// maxEntries is fewer than the constant, in tests.
+	maxEntries int64
 }
+
+// SelectError says that a Select names no image, or several. It is errdefs'
+// InvalidArgument.
+type SelectError struct {
+	// What is wrong, with what was asked for.
+	What string
+	// By is what could choose, "ref" or "platform"; Choices are what it could
+	// say, empty if there is nothing.
+	By      string
+	Choices []string
+}
+
+// Error lists some of the choices.
+func (e *SelectError) Error() string {
+	const most = 10
+	switch n := len(e.Choices); {
+	case n == 0:
+		return e.What
+	case n > most:
+		return fmt.Sprintf("%s; there are %s and %d more", e.What, strings.Join(e.Choices[:most], ", "), n-most)
+	case n == 1:
+		return e.What + "; there is " + e.Choices[0]
+	default:
+		return e.What + "; there are " + strings.Join(e.Choices, ", ")
+	}
+}
+
+// Unwrap gives the class of the error.
+func (e *SelectError) Unwrap() error { return errdefs.ErrInvalidArgument }
 
 // Image is an image in an archive. Close it when done.
 type Image struct {
@@ -64,11 +103,16 @@ func (i *Image) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.Re
 // compressed with gzip or zstd. What cannot be sought in is copied to a
 // temporary file first.
 //
-// Errors: InvalidArgument for what is none of these, and for a Select that
-// means none or several of the images that are there; NotFound for documents
-// that are missing.
+// Errors: InvalidArgument for what is none of these; a *SelectError for a Select
+// that means none or several of the images that are there, as any name or
+// platform does for a plain layer; NotFound for documents that are missing;
+// ResourceExhausted for an archive beyond the limits, of which no more is copied.
 func Open(ctx context.Context, name string, s Select) (*Image, error) {
-	img, err := open(ctx, name, s)
+	var img *Image
+	_, err := s.matcher()
+	if err == nil {
+		img, err = open(ctx, name, s)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open image %s: %w", name, err)
 	}
@@ -93,7 +137,7 @@ func open(ctx context.Context, name string, s Select) (_ *Image, err error) {
 			return nil, err
 		}
 	}
-	f, err := seekable(ctx, in)
+	f, err := seekable(ctx, in, s.Limits)
 	if err != nil {
 		return nil, errors.Join(err, closeInput(in))
 	}
@@ -122,11 +166,11 @@ func closing(from files, open func() (*Image, error)) (*Image, error) {
 
 // openFile finds out what f is.
 func openFile(ctx context.Context, f *os.File, name string, s Select) (*Image, error) {
-	plain, diffID, err := decompressed(ctx, f)
+	plain, diffID, err := decompressed(ctx, f, s.Limits)
 	if err != nil {
 		return nil, err
 	}
-	t, err := scanTar(plain)
+	t, err := scanTar(ctx, plain, s)
 	if err != nil {
 		if plain != f {
 			err = errors.Join(err, plain.Close())
@@ -135,10 +179,18 @@ func openFile(ctx context.Context, f *os.File, name string, s Select) (*Image, e
 	}
 	var img *Image
 	switch {
-	case t.has("oci-layout") && t.has("index.json"):
-		img, err = layout(t, s)
-	case t.has("manifest.json") && isDocker(t):
-		img, err = docker(ctx, t, s)
+	case t.has(ociLayout) && t.has(ociIndex):
+		if err = t.whole(); err == nil {
+			img, err = layout(t, s)
+		}
+	case t.has(dockerIndex) && isDocker(t):
+		if err = t.whole(); err == nil {
+			img, err = docker(ctx, t, s)
+		}
+	case s.Ref != "":
+		err = &SelectError{What: fmt.Sprintf("a plain layer is not called %q: it has no name", s.Ref), By: "ref"}
+	case s.Platform != "":
+		err = &SelectError{What: fmt.Sprintf("a plain layer is not known to be for platform %q: it has none", s.Platform), By: "platform"}
 	default:
 		img, err = single(ctx, f, diffID)
 		if plain != f {
@@ -146,13 +198,13 @@ func openFile(ctx context.Context, f *os.File, name string, s Select) (*Image, e
 		}
 		return img, err
 	}
-	if plain != f {
-		if err != nil {
-			return nil, errors.Join(err, plain.Close())
-		}
-		return img, f.Close()
+	switch {
+	case plain == f:
+		return img, err
+	case err != nil:
+		return nil, errors.Join(err, plain.Close())
 	}
-	return img, err
+	return img, f.Close()
 }
 
 // single is the image that is but one layer.
@@ -214,16 +266,19 @@ func temporary() (*os.File, error) {
 }
 
 // seekable is f itself, or a copy of what it gives.
-func seekable(ctx context.Context, f *os.File) (*os.File, error) {
+func seekable(ctx context.Context, f *os.File, limits layer.Limits) (*os.File, error) {
 	st, err := f.Stat()
-	if err != nil || st.Mode().IsRegular() {
+	if err != nil {
 		return f, err
+	}
+	if st.Mode().IsRegular() {
+		return f, limits.CheckLength(st.Size())
 	}
 	t, err := temporary()
 	if err != nil {
 		return nil, err
 	}
-	if _, err := io.Copy(t, &alive{ctx, f}); err != nil {
+	if _, err := limits.Copy(t, &alive{ctx, f}); err != nil {
 		return nil, errors.Join(fmt.Errorf("copy the archive to a temporary file: %w", err), t.Close())
 	}
 	return t, closeInput(f)
@@ -254,7 +309,7 @@ func mediaType(f io.ReaderAt) (string, error) {
 
 // decompressed is what is in f, and the digest of that if f is compressed, else
 // f itself.
-func decompressed(ctx context.Context, f *os.File) (*os.File, digest.Digest, error) {
+func decompressed(ctx context.Context, f *os.File, limits layer.Limits) (*os.File, digest.Digest, error) {
 	kind, err := mediaType(f)
 	if err != nil || kind == ocispec.MediaTypeImageLayer {
 		return f, "", err
@@ -268,7 +323,7 @@ func decompressed(ctx context.Context, f *os.File) (*os.File, digest.Digest, err
 		return nil, "", errors.Join(err, r.Close())
 	}
 	sum := digest.SHA256.Digester()
-	_, err = io.Copy(io.MultiWriter(t, sum.Hash()), r)
+	_, err = limits.Copy(io.MultiWriter(t, sum.Hash()), r)
 	if err = errors.Join(err, r.Close()); err != nil {
 		return nil, "", errors.Join(fmt.Errorf("decompress the archive: %w", err), t.Close())
 	}

@@ -132,13 +132,34 @@ func (l Limits) Copy(w io.Writer, r io.Reader) (int64, error) {
 	}
 	more, err := io.CopyN(io.Discard, r, 1)
 	if more > 0 {
-		return n, exhausted("the layer is longer than %d bytes", l.Bytes)
+		return n, tooLong(l.Bytes)
 	}
 	if err == io.EOF { //nolint:errorlint // the end is io.EOF itself, as of every reader
 		err = nil
 	}
 	return n, err
 }
+
+// CheckLength is the error that Copy has for what is n bytes long, known
+// beforehand.
+func (l Limits) CheckLength(n int64) error {
+	l, err := l.withDefaults()
+	if err == nil && n > l.Bytes {
+		err = tooLong(l.Bytes)
+	}
+	return err
+}
+
+// CheckEntries is ResourceExhausted for more than Entries.
+func (l Limits) CheckEntries(n int64) error {
+	l, err := l.withDefaults()
+	if err == nil && n > l.Entries {
+		err = exhausted("more than %d entries", l.Entries)
+	}
+	return err
+}
+
+func tooLong(most int64) error { return exhausted("it is longer than %d bytes", most) }
 
 // Applied says what was applied.
 type Applied struct {

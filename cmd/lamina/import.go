@@ -32,8 +32,8 @@ below it, whose snapshot is made when it is needed (lamina extract); its blob is
 verified and kept. Layers that are there are found again. The id of the top is
 printed.
 
---ref names the image where the archive has several, --platform chooses among
-those of one name. --parent puts the layers over a record. The store is not open
+--ref names the image where the archive has several, by a tag or by the digest of
+its manifest; --platform chooses among those of one name. --parent puts the layers over a record. The store is not open
 while the archive is read; one that cannot be sought in, as from a pipe, is copied
 to a temporary file first.`,
 		Args:        cobra.ExactArgs(1),
@@ -50,7 +50,7 @@ to a temporary file first.`,
 			if args[0] == "-" && isTerminal(os.Stdin) {
 				return usagef(cmd, "standard input is a terminal: name a file, or use a pipe")
 			}
-			return a.importImage(cmd.Context(), args[0], o)
+			return selected(cmd, a.importImage(cmd.Context(), args[0], o))
 		},
 	}
 	cmd.Flags().StringVar(&o.parent, "parent", "", "the record `ID` below the layers")
@@ -58,6 +58,18 @@ to a temporary file first.`,
 	cmd.Flags().StringVar(&o.platform, "platform", "", "the image for platform `P`, as linux/arm64")
 	_ = cmd.RegisterFlagCompletionFunc("parent", a.completeIDs(1))
 	return cmd
+}
+
+// selected says how to choose an image where the choice was none.
+func selected(cmd *cobra.Command, err error) error {
+	var s *image.SelectError
+	if !errors.As(err, &s) {
+		return err
+	}
+	if len(s.Choices) > 0 {
+		err = hintf(err, "choose one with --%s", s.By)
+	}
+	return usage(cmd, err)
 }
 
 type importOptions struct{ parent, ref, platform string }
