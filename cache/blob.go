@@ -68,17 +68,21 @@ func isWrong(rec *Record, b *Blob) error {
 	return &WrongLayerError{Blob: b.Digest, Holds: b.DiffID, Claimed: rec.DiffID}
 }
 
-// candidates are the blobs of a record that may hold its layer; err says of
-// another one what it holds, if there is one.
+// candidates are the blobs of a record that may hold its layer, those that are
+// known to first; err says of another one what it holds, if there is one.
 func candidates(rec *Record) (list []Blob, err error) {
+	var claimed []Blob
 	for i := range rec.Blobs {
-		if werr := isWrong(rec, &rec.Blobs[i]); werr != nil {
+		switch werr := isWrong(rec, &rec.Blobs[i]); {
+		case werr != nil:
 			err = werr
-		} else {
+		case rec.Blobs[i].Claimed:
+			claimed = append(claimed, rec.Blobs[i])
+		default:
 			list = append(list, rec.Blobs[i])
 		}
 	}
-	return list, err
+	return append(list, claimed...), err
 }
 
 // expose notes what a blob of e was found to hold, if that is what err says.
@@ -150,12 +154,11 @@ type source struct {
 }
 
 // sources lists the blobs of a layer that can be read and are not known to hold
-// another one: those that are here, then those that somebody offered to provide;
-// in both groups those that are known to hold the layer first.
+// another one: those that are here, then those that somebody offered to provide,
+// both in the order of candidates.
 func (b *blobStore) sources(ctx context.Context, rec *Record) (list []source, err error) {
 	var offered []source
 	blobs, _ := candidates(rec)
-	slices.SortStableFunc(blobs, func(x, y Blob) int { return compareBools(x.Claimed, y.Claimed) })
 	for _, blob := range blobs {
 		if _, cerr := layer.CompressionOf(blob.MediaType); cerr != nil {
 			continue
@@ -172,16 +175,6 @@ func (b *blobStore) sources(ctx context.Context, rec *Record) (list []source, er
 		}
 	}
 	return append(list, offered...), nil
-}
-
-func compareBools(x, y bool) int {
-	switch {
-	case x == y:
-		return 0
-	case y:
-		return -1
-	}
-	return 1
 }
 
 // proven is the first of sources that is here and known to hold the layer; ok

@@ -165,8 +165,8 @@ func (m *Manager) readBlob(ctx context.Context, b Blob) (n int64, err error) {
 }
 
 // measureBlobs is what blobs occupy, in bytes on the disk, each once: all, and
-// those of records that are in use.
-func (m *Manager) measureBlobs(ctx context.Context, entries []UsageEntry) (all, inUse int64, err error) {
+// those of records that are in use; and what the directories that they lie in do.
+func (m *Manager) measureBlobs(ctx context.Context, entries []UsageEntry) (all, inUse, dirs int64, err error) {
 	seen := map[digest.Digest]bool{} // true: it counts as in use
 	for i := range entries {
 		for _, b := range entries[i].Record.Blobs {
@@ -176,7 +176,7 @@ func (m *Manager) measureBlobs(ctx context.Context, entries []UsageEntry) (all, 
 	for d, used := range seen {
 		size, err := m.blobs.occupied(ctx, d)
 		if err != nil {
-			return 0, 0, fmt.Errorf("measure blob %s: %w", d, err)
+			return 0, 0, 0, fmt.Errorf("measure blob %s: %w", d, err)
 		}
 		all += size
 		if used {
@@ -185,9 +185,9 @@ func (m *Manager) measureBlobs(ctx context.Context, entries []UsageEntry) (all, 
 	}
 	if m.blobs.given() == nil {
 		// With what is being written, and what others left there.
-		all, err = blocksBelow(ctx, m.blobs.dir)
+		all, dirs, err = filesBelow(ctx, m.blobs.dir)
 	}
-	return all, inUse, err
+	return all, inUse, dirs, err
 }
 
 // occupied is what a blob takes of the disk.

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/layer"
@@ -53,6 +54,25 @@ func TestABlobGoesWithItsLastRecord(t *testing.T) {
 	require.Equal(t, u.Snapshots+u.Blobs-after.Snapshots-after.Blobs, out[0].Freed)
 	require.Empty(t, w.stored())
 	w.nothingLeft()
+}
+
+// TestAnEmptiedStoreHasNothingToReclaim: the directories of the content store
+// stay, and count as what they are.
+func TestAnEmptiedStoreHasNothingToReclaim(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	b := pack(t, layer.Gzip, layerTar(t, file{name: "a", text: "1"}))
+	ref := w.byBlob(b, nil, newRegistry(b))
+	require.NoError(t, ref.Extract(w.ctx))
+	w.release(ref)
+	w.removeAll(ref.ID())
+	u, err := w.DiskUsage(w.ctx, nil)
+	require.NoError(t, err)
+	require.Zero(t, u.Snapshots+u.Blobs+u.Reclaimable)
+	var content, store unix.Stat_t
+	require.NoError(t, unix.Stat(filepath.Join(w.root, "content", "blobs", "sha256"), &content))
+	require.NoError(t, unix.Stat(filepath.Join(w.root, cache.StoreFile), &store))
+	require.GreaterOrEqual(t, u.Database, (store.Blocks+content.Blocks)*512)
+	require.Equal(t, u.Database, u.Total)
 }
 
 func TestUsageCountsBlobsOnce(t *testing.T) {

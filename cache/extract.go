@@ -14,7 +14,8 @@ import (
 
 // Extract makes the snapshot of a lazy record, and before it those of all that
 // its tree is made of. Any other record is left as it is, but for a snapshot
-// that was removed behind the cache's back and can be made again.
+// that was removed behind the cache's back and can be made again: that one is,
+// if the record cannot be mounted without it, and lazy otherwise.
 //
 // A layer's blob is verified while it is read and its DiffID after it was
 // applied, and only then does the snapshot get its name; a wrong one is
@@ -34,7 +35,7 @@ func (r *ImmutableRef) Extract(ctx context.Context) error {
 			return fmt.Errorf("extract record %s: %w", short(e.id), err)
 		}
 	}
-	return m.ground(ctx, e)
+	return m.mountable(ctx, e)
 }
 
 // extract makes the snapshot of one lazy record whose ground is there.
@@ -288,7 +289,7 @@ func (m *Manager) unmakeOne(ctx context.Context, id ID) error {
 	if !can {
 		return fmt.Errorf("the snapshot of record %s is gone and cannot be made again: %w", short(id), errdefs.ErrDataLoss)
 	}
-	m.log.Warn("a snapshot was removed behind the cache's back and is made again", "id", id)
+	m.log.Warn("a snapshot was removed behind the cache's back and is made again when it is needed", "id", id)
 	_, err = m.change(ctx, e, func(_ *metadata.Tx, edit *Edit) error {
 		unmade(edit.rec)
 		return nil

@@ -14,20 +14,86 @@ import (
 // its tree is made of have their snapshots: lazy ones are extracted, those below
 // first. Ancestors stay without a handle: the rows of their children keep them.
 func (m *Manager) ground(ctx context.Context, e *entry) error {
+	lazy, err := m.lazyBelow(ctx, e)
+	if err == nil {
+		err = m.extractAll(ctx, e, lazy)
+	}
+	return err
+}
+
+// mountable makes sure that the tree of e can be mounted. A snapshot that is
+// there may need less than what it was made of, of which some can be lazy: that
+// of a merge which a migration took over stands alone, as does every whole tree.
+func (m *Manager) mountable(ctx context.Context, e *entry) error {
+	lazy, err := m.lazyBelow(ctx, e)
+	if err != nil || len(lazy) == 0 {
+		return err
+	}
+	if rec := m.current(e); rec.State != metadata.Lazy {
+		if ok, err := m.stands(ctx, rec.Key); ok || err != nil {
+			return err
+		}
+	}
+	return m.extractAll(ctx, e, lazy)
+}
+
+// stands says whether the driver has the snapshot key, and all that it mounts it
+// over.
+func (m *Manager) stands(ctx context.Context, key string) (bool, error) {
+	names := []string{key}
+	if s, ok := m.driver.Stacker(); ok {
+		list, err := s.Layers(ctx, key)
+		if is(err, errdefs.ErrNotFound) {
+			return false, nil
+		}
+		if err != nil {
+			return false, fmt.Errorf("list what snapshot %s is mounted over: %w", key, err)
+		}
+		for _, l := range list {
+			names = append(names, l.Name)
+		}
+	}
+	for _, name := range names {
+		if _, err := m.driver.Stat(ctx, name); is(err, errdefs.ErrNotFound) {
+			return false, nil
+		} else if err != nil {
+			return false, fmt.Errorf("look for snapshot %s: %w", name, err)
+		}
+	}
+	return true, nil
+}
+
+// lazyBelow lists the lazy records among that of e and what it is made of.
+func (m *Manager) lazyBelow(ctx context.Context, e *entry) (lazy []*Record, err error) {
 	m.lock()
 	rec, grounded := e.rec, e.grounded
 	m.unlock()
 	if grounded {
-		return nil
+		return nil, nil
 	}
-	var lazy []*Record
-	err := m.store.View(ctx, func(tx *metadata.Tx) (err error) {
+	err = m.store.View(ctx, func(tx *metadata.Tx) (err error) {
 		lazy, err = m.newGround(tx).lazyBelow(rec)
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("list what record %s is made of: %w", short(e.id), err)
+		return nil, fmt.Errorf("list what record %s is made of: %w", short(e.id), err)
 	}
+	if len(lazy) == 0 {
+		m.setGrounded(e)
+	}
+	return lazy, nil
+}
+
+// setGrounded notes that the record of e has all it needs. What has a snapshot stays
+// so for as long as the cache is open.
+func (m *Manager) setGrounded(e *entry) {
+	m.lock()
+	defer m.unlock()
+	e.grounded = e.rec.State != metadata.Lazy
+}
+
+// extractAll extracts what lazyBelow listed for e.
+func (m *Manager) extractAll(ctx context.Context, e *entry, lazy []*Record) error {
 	if len(lazy) > 0 && m.readOnly {
 		return fmt.Errorf("record %s has to be extracted, and store %s is open read-only: %w", short(e.id), m.root, errdefs.ErrFailedPrecondition)
 	}
@@ -39,10 +105,7 @@ func (m *Manager) ground(ctx context.Context, e *entry) error {
 			return err
 		}
 	}
-	m.lock()
-	defer m.unlock()
-	// What has a snapshot stays so for as long as the cache is open.
-	e.grounded = e.rec.State != metadata.Lazy
+	m.setGrounded(e)
 	return nil
 }
 

@@ -88,7 +88,7 @@ func (h *handle) mount(ctx context.Context, readOnly bool) (*Mount, error) {
 		return nil, err
 	}
 	defer done()
-	if err := m.ground(ctx, e); err != nil {
+	if err := m.mountable(ctx, e); err != nil {
 		return nil, fmt.Errorf("mount record %s: %w", short(e.id), err)
 	}
 	if !readOnly {

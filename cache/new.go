@@ -96,7 +96,7 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 		if err != nil {
 			return nil, fmt.Errorf("finalize the parent: %w", err)
 		}
-		if err := m.ground(ctx, pe); err != nil {
+		if err := m.mountable(ctx, pe); err != nil {
 			return nil, fmt.Errorf("extract what the parent is made of: %w", err)
 		}
 		rec.Op, rec.Parents, parentKey = metadata.Layer, []ID{prec.ID}, prec.Key

@@ -32,7 +32,9 @@ type Usage struct {
 	Total     int64
 	Snapshots int64
 	Blobs     int64
-	Database  int64
+	// Database is the record store, and the directories of our own content
+	// store, which no removal frees.
+	Database int64
 	// Pending is what removals that are under way will free.
 	Pending int64
 	// InUse + Reclaimable is Snapshots + Blobs: what somebody holds with all
@@ -434,11 +436,11 @@ func (m *Manager) measureRest(ctx context.Context, u *Usage) (err error) {
 	if u.Pending, err = blocksBelow(ctx, filepath.Join(m.root, "snapshots", "trash")); err != nil {
 		return fmt.Errorf("measure pending removals: %w", err)
 	}
-	blobs, inUse, err := m.measureBlobs(ctx, u.Entries)
+	blobs, inUse, dirs, err := m.measureBlobs(ctx, u.Entries)
 	if err != nil {
 		return fmt.Errorf("measure blobs: %w", err)
 	}
-	u.Blobs, u.InUse = blobs, u.InUse+inUse
+	u.Blobs, u.InUse, u.Database = blobs, u.InUse+inUse, u.Database+dirs
 	u.FSTotal, u.FSFree, err = m.fileSystem()
 	return err
 }
@@ -458,6 +460,35 @@ func blocksBelow(ctx context.Context, dir string) (sum int64, err error) {
 		sum += used.Size
 	}
 	return sum, nil
+}
+
+// filesBelow is what the files below a directory occupy, and what the
+// directories do, with itself. Any may go meanwhile.
+func filesBelow(ctx context.Context, dir string) (files, dirs int64, err error) {
+	err = filepath.WalkDir(dir, func(path string, d iofs.DirEntry, err error) error {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if errors.Is(err, iofs.ErrNotExist) {
+			return nil
+		}
+		var st unix.Stat_t
+		if err == nil {
+			if err = unix.Lstat(path, &st); errors.Is(err, unix.ENOENT) {
+				return nil
+			}
+		}
+		if err != nil {
+			return &os.PathError{Op: "measure", Path: path, Err: err}
+		}
+		if d.IsDir() {
+			dirs += st.Blocks * 512
+		} else {
+			files += st.Blocks * 512
+		}
+		return nil
+	})
+	return files, dirs, err
 }
 
 // fileSystem is the size of the store's file system, and what is free of it

@@ -13,7 +13,9 @@ import (
 
 	"github.com/lamina-build/lamina/cache"
 	"github.com/lamina-build/lamina/contenthash"
+	"github.com/lamina-build/lamina/metadata"
 	"github.com/lamina-build/lamina/migrate"
+	"github.com/lamina-build/lamina/migrate/legacytest"
 )
 
 func rollback(t *testing.T, dir string) migrate.RollbackReport {
@@ -118,6 +120,61 @@ func TestRollback(t *testing.T) {
 			}
 			require.Equal(t, migrate.Untouched, rollback(t, b.Dir).Status)
 			require.Equal(t, migrate.Migrated, run(t, b.Dir, migrate.Options{}).Status)
+		})
+	}
+}
+
+// A merge with a snapshot of its own is mounted, hashed and built upon as it is,
+// also where its inputs are layers that nobody has extracted; their blobs, which
+// hold no layers, are not even looked at, and there is a way back.
+func TestAdoptedMergeNeedsNoInputs(t *testing.T) {
+	for _, driver := range []string{"native", "overlayfs"} {
+		t.Run(driver, func(t *testing.T) {
+			needsRoot(t)
+			b := legacytest.NewBuilder(t.TempDir(), driver)
+			for _, id := range []string{"one", "two"} {
+				d := string(b.Blob("no layer: "+id, nil))
+				b.Row(id, legacytest.Row{"cache.blob": d, "cache.diffID": d, "cache.chainID": d, "cache.snapshot": id, "cache.blobonly": true, "snapshot.committed": true})
+				b.Lease(id, nil)
+			}
+			b.Finalized("base", "", nil)
+			b.Row("merge", legacytest.Row{"cache.mergeParents": []string{"base", "one", "two"}, "cache.snapshot": "merged"})
+			b.Lease("merge", []string{"merged"})
+			b.Snapshot("merged", "base", legacytest.Committed, "of-the-merge")
+			require.NoError(t, b.Write())
+			run(t, b.Dir, migrate.Options{})
+			get := func(m *cache.Manager, id cache.ID) *cache.ImmutableRef {
+				ref, err := m.Get(t.Context(), id, cache.GetOptions{})
+				require.NoError(t, err)
+				return ref
+			}
+			var child cache.ID
+			use(t, b.Dir, func(ctx context.Context, m *cache.Manager) {
+				one, merge := get(m, "one"), get(m, "merge")
+				require.Equal(t, metadata.Lazy, one.Record().State)
+				require.Equal(t, metadata.Finalized, merge.Record().State)
+				require.Error(t, one.Extract(ctx), "its blob is no layer")
+				require.NoError(t, merge.Extract(ctx))
+				mut, err := m.New(ctx, merge, cache.NewOptions{})
+				require.NoError(t, err)
+				imm, err := mut.Commit(ctx)
+				require.NoError(t, err)
+				child = imm.ID()
+				for _, ref := range []*cache.ImmutableRef{merge, imm, one} {
+					require.NoError(t, ref.Release(ctx))
+				}
+			})
+			use(t, b.Dir, func(ctx context.Context, m *cache.Manager) {
+				for _, id := range []cache.ID{"merge", child} {
+					ref := get(m, id)
+					mount, err := ref.Mount(ctx)
+					require.NoError(t, err)
+					require.FileExists(t, filepath.Join(mount.Path(), "of-the-merge"))
+					require.NoError(t, mount.Unmount())
+					require.NoError(t, ref.Release(ctx))
+				}
+			})
+			require.NoError(t, rollback(t, b.Dir).Err)
 		})
 	}
 }
