@@ -33,9 +33,10 @@ verified and kept. Layers that are there are found again. The id of the top is
 printed.
 
 --ref names the image where the archive has several, by a tag or by the digest of
-its manifest; --platform chooses among those of one name. --parent puts the layers over a record. The store is not open
-while the archive is read; one that cannot be sought in, as from a pipe, is copied
-to a temporary file first.`,
+its manifest; --platform chooses among those of one name. --parent puts the layers
+over a record. The store is not open while the archive is read; one that cannot be
+sought in, as from a pipe, is copied to a temporary file first, in TMPDIR. An
+archive may unpack to 1 TiB and have 16 million files.`,
 		Args:        cobra.ExactArgs(1),
 		Annotations: map[string]string{annotateProbes: ""},
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
