@@ -97,7 +97,7 @@ func (x *extraction) applyVerified(ctx context.Context, key string, blob *Blob, 
 	if err != nil {
 		return err
 	}
-	done, err := x.apply(ctx, key, r)
+	done, err := x.apply(ctx, key, r.ReadCloser) // which may know its DiffID
 	err = errors.Join(err, r.Close())
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

@@ -217,3 +217,40 @@ func TestBlobs(t *testing.T) {
 		require.True(t, errdefs.IsDataLoss(err), "%s: %v", a, err)
 	}
 }
+
+// The DiffID is that of the tar that was applied, also where it is not computed
+// because the blob itself is held against a digest.
+func TestDiffIDIsOfWhatIsApplied(t *testing.T) {
+	raw := pack(t, file("f", "text"))
+	z := compress(t, layer.Compression{Algorithm: layer.Gzip}, raw)
+	// Whole blocks at the beginning that hold nothing.
+	padded := append(make([]byte, 512), raw...)
+	for name, try := range map[string]struct {
+		blob  []byte
+		of    digest.Algorithm
+		early int // read before the blob is decompressed
+		later int // read of what was decompressed
+		want  []byte
+	}{
+		"plain":                 {blob: raw, of: digest.SHA256, want: raw},
+		"plain, another digest": {blob: raw, of: digest.SHA512, want: raw},
+		"gzip":                  {blob: z, of: digest.SHA256, want: raw},
+		"begun before":          {blob: padded, of: digest.SHA256, early: 512, want: raw},
+		"begun":                 {blob: padded, of: digest.SHA256, later: 512, want: raw},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v, err := layer.Verify(bytes.NewReader(try.blob), try.of.FromBytes(try.blob), int64(len(try.blob)))
+			require.NoError(t, err)
+			_, err = io.CopyN(io.Discard, v, int64(try.early))
+			require.NoError(t, err)
+			r, err := layer.Decompress(v, ocispec.MediaTypeImageLayer)
+			require.NoError(t, err)
+			_, err = io.CopyN(io.Discard, r, int64(try.later))
+			require.NoError(t, err)
+			done, err := layer.Apply(t.Context(), mkdir(t), r, mine())
+			require.NoError(t, err)
+			require.Equal(t, digest.FromBytes(try.want), done.DiffID)
+			require.EqualValues(t, len(try.want), done.Size)
+		})
+	}
+}

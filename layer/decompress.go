@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -88,9 +89,28 @@ func Decompress(r io.Reader, mediaType string) (io.ReadCloser, error) {
 		}
 		return &decompressor{r: z, close: func() error { z.Close(); return nil }, src: src, algorithm: algorithm}, nil
 	default:
-		return io.NopCloser(b), nil
+		held, _ := r.(*Verifier)
+		return &verbatim{b, held}, nil
 	}
 }
+
+// verbatim is a blob that is not compressed.
+type verbatim struct {
+	*bufio.Reader
+	held *Verifier // what it reads, nil for any other reader
+}
+
+// diffID is the DiffID of what is still to be read, if that is the digest that
+// the blob is held against anyway: at the end of the reading it is right. Else
+// it is empty.
+func (v *verbatim) diffID() digest.Digest {
+	if h := v.held; h != nil && h.want.Algorithm() == digest.SHA256 && h.read == int64(v.Buffered()) {
+		return h.want
+	}
+	return ""
+}
+
+func (v *verbatim) Close() error { return nil }
 
 // sniff looks at the first bytes.
 func sniff(b *bufio.Reader, declared Algorithm) (Algorithm, error) {

@@ -28,13 +28,15 @@ type chunk struct {
 
 // stream reads r ahead in one goroutine, hashes it in another and is itself
 // the reader of the same bytes for the caller. So decompressing, which happens
-// in r, hashing, and making files overlap.
+// in r, hashing, and making files overlap. A reader that knows what it holds
+// is not hashed a second time.
 type stream struct {
 	data, toHash, free chan *chunk
 	stop               chan struct{}
 	stopOnce           sync.Once
 	wg                 sync.WaitGroup
 	sum                hash.Hash
+	known              digest.Digest // what r is held against, if it is
 
 	// Of the reader's goroutine until data is closed.
 	err  error
@@ -52,7 +54,13 @@ func startStream(ctx context.Context, r io.Reader, limit int64) *stream {
 		data: make(chan *chunk, chunks), toHash: make(chan *chunk, chunks), free: make(chan *chunk, chunks),
 		stop: make(chan struct{}), sum: sha256.New(),
 	}
+	if v, ok := r.(*verbatim); ok {
+		s.known = v.diffID()
+	}
 	s.wg.Go(func() { s.readAll(ctx, r, limit) })
+	if s.known != "" {
+		return s
+	}
 	s.wg.Go(func() {
 		for c := range s.toHash {
 			s.sum.Write(c.data)
@@ -96,8 +104,11 @@ func (s *stream) readAll(ctx context.Context, r io.Reader, limit int64) {
 			return
 		}
 		if n > 0 {
-			c.refs.Store(2)
-			s.toHash <- c // never blocks: there are no more chunks than it holds
+			c.refs.Store(1)
+			if s.known == "" {
+				c.refs.Store(2)
+				s.toHash <- c // never blocks: there are no more chunks than it holds
+			}
 			s.data <- c
 		}
 		if err != nil {
@@ -181,6 +192,9 @@ func (s *stream) finish() (digest.Digest, int64, error) {
 		}
 	}
 	s.close()
+	if s.known != "" {
+		return s.known, s.size, nil
+	}
 	return digest.NewDigest(digest.SHA256, s.sum), s.size, nil
 }
 

@@ -53,10 +53,15 @@ func (t *tree) commit(ctx context.Context, name, key string, opts []snapshots.Op
 		return asNotFound(err)
 	}
 	used, cleaned := t.wasCleaned(e.name)
-	if !cleaned {
+	// Later it would be another size where files become links of others'.
+	later := exact && t.info.Name != Native
+	if !cleaned && !later {
 		if used, err = measure(ctx, filepath.Join(t.at(e), "fs")); err != nil {
 			return asNotFound(err)
 		}
+	}
+	if s.Usage = nil; cleaned || !later {
+		s.Usage = &usage{Inodes: used.Inodes, Size: used.Size}
 	}
 	s.Clean = s.Bound == "" && (cleaned && rebase == "" || exact)
 
@@ -67,7 +72,7 @@ func (t *tree) commit(ctx context.Context, name, key string, opts []snapshots.Op
 	if err := t.free(name); err != nil {
 		return err
 	}
-	return t.seal(name, e, s, base, rebase, used)
+	return t.seal(name, e, s, base, rebase)
 }
 
 // rebase is the parent that the snapshot gets only now, if any.
@@ -88,7 +93,7 @@ func (t *tree) rebase(has, asked string) (string, error) {
 }
 
 // seal writes the line that counts from the rename on, and renames.
-func (t *tree) seal(name string, e entry, s state, base snapshots.Info, rebase string, used snapshots.Usage) (err error) {
+func (t *tree) seal(name string, e entry, s state, base snapshots.Info, rebase string) (err error) {
 	path := t.at(e)
 	if rebase != "" {
 		if err := t.join(rebase, path, 0); err != nil {
@@ -115,7 +120,6 @@ func (t *tree) seal(name string, e entry, s state, base snapshots.Info, rebase s
 	}
 	s.Created = t.clock().UnixNano()
 	s.Updated = s.Created
-	s.Usage = &usage{Inodes: used.Inodes, Size: used.Size}
 	s.setLabels(base.Labels)
 	if err := t.step("commit.info"); err != nil {
 		return err

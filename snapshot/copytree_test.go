@@ -284,12 +284,15 @@ func TestMeasure(t *testing.T) {
 	require.NoError(t, os.Symlink("/", filepath.Join(dir, "tree", "root")))
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "tree", "closed"), 0o000))
 	require.NoError(t, os.Symlink("tree", filepath.Join(dir, "adopted")))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "tree", "elsewhere"), []byte("too"), 0o644))
+	require.NoError(t, os.Link(filepath.Join(dir, "tree", "elsewhere"), filepath.Join(dir, "else")))
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "tree", "deep", "deeper"), 0o755))
 	syncFS(t, dir)
 	used, err := measure(t.Context(), filepath.Join(dir, "tree"))
 	require.NoError(t, err)
-	require.EqualValues(t, 1+5+1+1, used.Inodes)
+	require.EqualValues(t, 1+5+1+1+2, used.Inodes)
 	var blocks int64
-	for _, name := range []string{"", "0", "1", "2", "3", "4", "root", "closed"} {
+	for _, name := range []string{"", "0", "1", "2", "3", "4", "root", "closed", "deep", "deep/deeper"} {
 		fi, err := os.Lstat(filepath.Join(dir, "tree", name))
 		require.NoError(t, err)
 		blocks += fi.Sys().(*syscall.Stat_t).Blocks
@@ -298,6 +301,13 @@ func TestMeasure(t *testing.T) {
 	again, err := measure(t.Context(), filepath.Join(dir, "adopted"))
 	require.NoError(t, err)
 	require.Equal(t, used, again)
+	one, err := measure(t.Context(), filepath.Join(dir, "tree", "1"))
+	require.NoError(t, err)
+	require.EqualValues(t, 1, one.Inodes)
 	_, err = measure(t.Context(), filepath.Join(dir, "none"))
 	require.ErrorIs(t, err, fs.ErrNotExist)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err = measure(ctx, filepath.Join(dir, "tree"))
+	require.ErrorIs(t, err, context.Canceled)
 }

@@ -54,7 +54,7 @@ type state struct {
 	// Created and Updated are nanoseconds since 1970.
 	Created int64 `json:"created"`
 	Updated int64 `json:"updated"`
-	// Usage is set in sealed lines.
+	// Usage is set in sealed lines, but not in those of exact layers.
 	Usage *usage `json:"usage,omitempty"`
 	// Sealed lines count for committed entries, the others for active ones.
 	Sealed bool `json:"sealed,omitempty"`

@@ -73,8 +73,8 @@ func (t *tree) update(info snapshots.Info, fieldpaths []string) (snapshots.Info,
 	return s.info(info.Name, e.kind(s)), nil
 }
 
-// Usage implements snapshots.Snapshotter. It is measured for active
-// snapshots, known for committed ones, and zero for views.
+// Usage implements snapshots.Snapshotter. It is measured for active snapshots
+// and exact layers, known for other committed ones, and zero for views.
 func (t *tree) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	e, s, err := t.look(key)
 	if err == nil && e.kind(s) == snapshots.KindActive {
@@ -83,20 +83,17 @@ func (t *tree) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	if err != nil {
 		return snapshots.Usage{}, fmt.Errorf("usage: %w", err)
 	}
-	switch e.kind(s) {
-	case snapshots.KindCommitted:
-		if s.Usage == nil {
-			return snapshots.Usage{}, nil
-		}
+	switch {
+	case e.kind(s) == snapshots.KindView:
+		return snapshots.Usage{}, nil
+	case s.Usage != nil:
 		return snapshots.Usage{Inodes: s.Usage.Inodes, Size: s.Usage.Size}, nil
-	case snapshots.KindActive:
-		used, err := measure(ctx, filepath.Join(t.at(e), "fs"))
-		if err != nil {
-			return snapshots.Usage{}, fmt.Errorf("usage of %q: %w", key, asNotFound(err))
-		}
-		return used, nil
 	}
-	return snapshots.Usage{}, nil
+	used, err := measure(ctx, filepath.Join(t.at(e), "fs"))
+	if err != nil {
+		return snapshots.Usage{}, fmt.Errorf("usage of %q: %w", key, asNotFound(err))
+	}
+	return used, nil
 }
 
 // Mounts implements snapshots.Snapshotter.

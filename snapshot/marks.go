@@ -23,6 +23,9 @@ const labelExact = "lamina/exact-layer"
 // from a description of a difference, such as a layer's tar, and not by using
 // a mount. Drivers without layers take no notice. It comes after an option
 // that sets labels.
+//
+// Such a layer is measured by Usage, each time, and not by Commit: who waits
+// for that wants the layer and not its size.
 func WithExactLayer(info *snapshots.Info) error {
 	info.Labels = maps.Clone(info.Labels)
 	if info.Labels == nil {

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"os"
 	"path/filepath"
-	"syscall"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"golang.org/x/sys/unix"
+
+	"github.com/lamina-build/lamina/internal/fsat"
 )
 
 // measure counts the inodes of a tree and the bytes of their blocks, each
@@ -20,52 +23,93 @@ func measure(ctx context.Context, root string) (snapshots.Usage, error) {
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
-	type links struct {
-		left   uint64 // names not met yet
-		blocks int64
-	}
-	var used snapshots.Usage
-	linked := map[inodeID]*links{}
-	err = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if err != nil && path != root && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)) {
-			return nil // counted already, by its name in the directory above
-		}
-		if err != nil {
-			return err
-		}
-		fi, err := d.Info()
-		if errors.Is(err, fs.ErrNotExist) && path != root {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		st := fi.Sys().(*syscall.Stat_t)
-		// Only what has several names can be met twice.
-		if st.Nlink > 1 && !d.IsDir() {
-			l := linked[inodeID{st.Dev, st.Ino}]
-			if l == nil {
-				l = &links{left: uint64(st.Nlink), blocks: st.Blocks}
-				linked[inodeID{st.Dev, st.Ino}] = l
-			}
-			l.left--
-			return nil
-		}
-		used.Inodes++
-		used.Size += st.Blocks * 512 // st_blocks counts in these units always
-		return nil
-	})
-	if err != nil {
+	m := &measurer{ctx: ctx, buf: make([]byte, 8192), linked: map[inodeID]*links{}}
+	if err := m.add(unix.AT_FDCWD, root, 0); err != nil {
 		return snapshots.Usage{}, err
 	}
-	for _, l := range linked {
+	for _, l := range m.linked {
 		if l.left == 0 {
-			used.Inodes++
-			used.Size += l.blocks * 512
+			m.count(l.blocks)
 		}
 	}
-	return used, nil
+	return m.used, nil
+}
+
+// measurer goes through one tree by descriptors: a commit waits for it, and by
+// paths, with filepath.WalkDir, it took three times as long.
+type measurer struct {
+	ctx    context.Context //nolint:containedctx // of the one call that it lives for
+	buf    []byte          // scratch space for lists
+	lists  [][]fsat.Dirent // of the directories above, and of this one
+	used   snapshots.Usage
+	linked map[inodeID]*links
+}
+
+// links is an inode with several names.
+type links struct {
+	left   uint64 // names not met yet
+	blocks int64
+}
+
+func (m *measurer) count(blocks int64) {
+	m.used.Inodes++
+	m.used.Size += blocks * 512 // st_blocks counts in these units always
+}
+
+// add counts a name in the directory at, and what lies below it.
+func (m *measurer) add(at int, name string, level int) error {
+	var st unix.Stat_t
+	if err := fsat.Lstat(at, name, &st); err != nil {
+		return &os.PathError{Op: "lstat", Path: name, Err: err}
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		m.count(st.Blocks)
+		return m.below(at, name, level)
+	}
+	// Only what has several names can be met twice.
+	if st.Nlink == 1 {
+		m.count(st.Blocks)
+		return nil
+	}
+	id := inodeID{st.Dev, st.Ino}
+	l := m.linked[id]
+	if l == nil {
+		l = &links{left: uint64(st.Nlink), blocks: st.Blocks}
+		m.linked[id] = l
+	}
+	l.left--
+	return nil
+}
+
+// below counts what lies in a directory.
+func (m *measurer) below(at int, name string, level int) error {
+	if m.ctx.Err() != nil {
+		return context.Cause(m.ctx)
+	}
+	fd, err := openDir(at, name)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer fsat.Close(fd)
+	if level == len(m.lists) {
+		m.lists = append(m.lists, nil)
+	}
+	list, err := fsat.Dirents(fd, m.buf, m.lists[level][:0])
+	m.lists[level] = list
+	if err != nil {
+		return &os.PathError{Op: "getdents64", Path: name, Err: err}
+	}
+	for _, d := range list {
+		if err := m.add(fd, d.Name, level+1); err != nil && !passedOver(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// passedOver says that a name is gone, or another by now, or a directory that
+// may not be read, which its own name has counted.
+func passedOver(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) ||
+		errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
 }

@@ -108,6 +108,38 @@ func TestStackOf500(t *testing.T) {
 	require.True(t, errdefs.IsNotFound(err))
 }
 
+// An exact layer is measured when somebody asks, where no file of it can have
+// become another snapshot's, too; else its commit measures it.
+func TestUsageOfExactLayers(t *testing.T) {
+	for _, driver := range []string{snapshot.Overlay, snapshot.Native} {
+		t.Run(driver, func(t *testing.T) {
+			needRoot(t)
+			root := scratch(t)
+			d := openWith(t, driver, root, &steps{})
+			_, err := d.Prepare(t.Context(), "k", "")
+			require.NoError(t, err)
+			put(t, root, "k", "one")
+			put(t, root, "k", "two")
+			used, err := d.Usage(t.Context(), "k")
+			require.NoError(t, err)
+			require.EqualValues(t, 3, used.Inodes)
+			require.NoError(t, d.Commit(t.Context(), "n", "k", snapshot.WithExactLayer))
+			got, err := d.Usage(t.Context(), "n")
+			require.NoError(t, err)
+			require.Equal(t, used, got)
+
+			require.NoError(t, os.Link(filepath.Join(root, "snapshots", "committed", "n", "fs", "one"), filepath.Join(root, "another")))
+			got, err = d.Usage(t.Context(), "n")
+			require.NoError(t, err)
+			if driver == snapshot.Overlay {
+				used.Inodes--
+				used.Size = got.Size
+			}
+			require.Equal(t, used, got)
+		})
+	}
+}
+
 // A stack costs the same however many files its layers have: a directory, a
 // description and a link per layer.
 func TestStackCosts(t *testing.T) {
