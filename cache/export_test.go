@@ -14,3 +14,9 @@ func (o Options) WithContentSeam(seam func(content.Store) content.Store) Options
 	o.contentSeam = seam
 	return o
 }
+
+// Aside runs a function as the removals of a prune are run, and AsideNice is by
+// how much less urgent it is.
+var Aside = aside
+
+const AsideNice = asideNice

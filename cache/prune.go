@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 
 	"github.com/containerd/errdefs"
 
@@ -96,32 +97,59 @@ func PolicyRecord(rec *Record) policy.Record {
 // locked and nobody waits for it; leaving the loop ends the work. The space of
 // what was yielded is free.
 func (m *Manager) Execute(ctx context.Context, plan *policy.Plan) iter.Seq2[Removed, error] {
+	return executionOf(plan).run(ctx, m)
+}
+
+// execution is what a plan has done. It knows no more of the records than that
+// takes: while it runs, and New and Get beside it, all that is in memory is gone
+// through by the garbage collector again and again.
+type execution struct {
+	victims, onRelease []doomed
+}
+
+// doomed is a record that goes.
+type doomed struct {
+	id ID
+	planned
+}
+
+func executionOf(plan *policy.Plan) *execution {
+	x := &execution{victims: make([]doomed, 0, plan.Removed)}
+	of := func(r *policy.Record) doomed {
+		return doomed{ID(r.ID), planned{revision: r.Revision, size: max(r.Size, 0)}}
+	}
+	for _, s := range plan.Victims() {
+		x.victims = append(x.victims, of(s.Record))
+	}
+	for _, s := range plan.Kept() {
+		if s.Reason == policy.OnRelease {
+			x.onRelease = append(x.onRelease, of(s.Record))
+		}
+	}
+	return x
+}
+
+func (x *execution) run(ctx context.Context, m *Manager) iter.Seq2[Removed, error] {
 	return func(yield func(Removed, error) bool) {
-		victims := plan.Victims()
-		for len(victims) > 0 {
-			n := min(pruneBatch, len(victims))
-			out, err := m.executeBatch(ctx, victims[:n])
+		for victims := range slices.Chunk(x.victims, pruneBatch) {
+			out, err := m.executeBatch(ctx, victims)
 			if err != nil {
 				yield(Removed{}, fmt.Errorf("execute a plan: %w", err))
 				return
 			}
-			victims = victims[n:]
 			for _, r := range out {
 				if !yield(r, nil) {
 					return
 				}
 			}
 		}
-		for _, s := range plan.Kept() {
-			if s.Reason != policy.OnRelease {
-				continue
-			}
-			gone, err := m.RemoveWhenReleased(ctx, ID(s.Record.ID))
+		for _, d := range x.onRelease {
+			gone, err := m.RemoveWhenReleased(ctx, d.id)
 			if err != nil && !is(err, errdefs.ErrNotFound) {
 				yield(Removed{}, fmt.Errorf("execute a plan: %w", err))
 				return
 			}
-			if gone && !yield(Removed{ID: ID(s.Record.ID), Freed: max(s.Record.Size, 0)}, nil) {
+			if gone && !yield(Removed{ID: d.id, Freed: d.size}, nil) {
 				return
 			}
 		}
@@ -129,7 +157,7 @@ func (m *Manager) Execute(ctx context.Context, plan *policy.Plan) iter.Seq2[Remo
 }
 
 // executeBatch removes some victims, in one transaction.
-func (m *Manager) executeBatch(ctx context.Context, victims []policy.Step) ([]Removed, error) {
+func (m *Manager) executeBatch(ctx context.Context, victims []doomed) ([]Removed, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -140,9 +168,9 @@ func (m *Manager) executeBatch(ctx context.Context, victims []policy.Step) ([]Re
 	defer end()
 	ids := make([]ID, len(victims))
 	plan := make(map[ID]planned, len(victims))
-	for i, s := range victims {
-		ids[i] = ID(s.Record.ID)
-		plan[ids[i]] = planned{revision: s.Record.Revision, size: max(s.Record.Size, 0)}
+	for i, d := range victims {
+		ids[i] = d.id
+		plan[d.id] = d.planned
 	}
 	out := m.remove(ctx, ids, plan)
 	if m.info.Lingers {
@@ -224,8 +252,8 @@ func (m *Manager) Prune(ctx context.Context, policies ...policy.Policy) (Pruned,
 	if err != nil {
 		return Pruned{}, err
 	}
-	p := Pruned{Kept: len(plan.Kept())}
-	for r, err := range m.Execute(ctx, plan) {
+	p, x := Pruned{Kept: len(plan.Kept())}, executionOf(plan)
+	for r, err := range x.run(ctx, m) {
 		if err != nil {
 			return p, err
 		}

@@ -55,9 +55,9 @@ func (m *Manager) remove(ctx context.Context, ids []ID, plan map[ID]planned) []R
 	m.retryOrphans(ctx)
 	r.take(ctx, ids)
 	order := r.order(ctx)
-	r.detach(ctx, order)
+	r.inBackground(func() { r.detach(ctx, order) })
 	r.commit(ctx, order)
-	r.discard(ctx, order)
+	r.inBackground(func() { r.discard(ctx, order) })
 	for i := range out {
 		id := r.names[out[i].ID]
 		if err := r.failed[id]; err != nil {
@@ -78,6 +78,17 @@ type removal struct {
 	failed  map[ID]error
 	// names maps the ids that were asked for to those of the records.
 	names map[ID]ID
+}
+
+// inBackground runs a part of a removal that consists of system calls. Nobody
+// waits for those of a prune. The transaction is no such part: others may be in
+// it.
+func (r *removal) inBackground(f func()) {
+	if r.plan == nil {
+		f()
+	} else {
+		aside(f)
+	}
 }
 
 type victim struct {
@@ -314,6 +325,7 @@ func (r *removal) commit(ctx context.Context, order []ID) {
 	}
 	maps.Copy(r.failed, refused)
 	freed := r.m.blobs.drop(ctx, blobs)
+	r.forget(order)
 	// Parents go back before their children.
 	for _, id := range slices.Backward(order) {
 		v := r.victims[id]
@@ -334,6 +346,18 @@ func (r *removal) commit(ctx context.Context, order []ID) {
 			}
 		}
 		v.trash = nil
+	}
+}
+
+// forget drops what is noted of the snapshots of records that are gone.
+func (r *removal) forget(order []ID) {
+	r.m.lock()
+	defer r.m.unlock()
+	for _, id := range order {
+		if r.failed[id] == nil {
+			delete(r.m.written, r.victims[id].rec.Key)
+			delete(r.m.unswapped, id)
+		}
 	}
 }
 
@@ -358,10 +382,6 @@ func (r *removal) discard(ctx context.Context, order []ID) {
 		if !v.gone {
 			continue
 		}
-		m.lock()
-		delete(m.written, v.rec.Key)
-		delete(m.unswapped, id)
-		m.unlock()
 		for _, p := range v.trash {
 			if m.discardPending(ctx, p) != nil {
 				v.size = 0 // the record is gone, its bytes go later
