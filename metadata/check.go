@@ -7,8 +7,6 @@ import (
 	"iter"
 	"maps"
 	"slices"
-
-	"github.com/lamina-build/lamina/metadata/internal/recordpb"
 )
 
 // The codes of findings. They are stable: tools and scripts go by them.
@@ -190,7 +188,6 @@ func (c *checker) bucketNames() bool {
 }
 
 func (c *checker) records() bool {
-	var m recordpb.Record
 	for k, v := range c.tx.scan(bucketRecord, nil) {
 		if v == nil || len(k) > MaxIDLen {
 			if !c.find(CodeForeignKey, "", bucketRecord, k, "bucket record has key %s", printable(k)) {
@@ -198,7 +195,7 @@ func (c *checker) records() bool {
 			}
 			continue
 		}
-		r, err := decodeRecordBy(&m, ID(k), v)
+		r, err := decodeOwned(ID(k), v)
 		if err != nil {
 			c.damaged = true
 			if !c.find(CodeRecordDamaged, ID(k), bucketRecord, k, "%v%s", err, c.knownAs(k)) {

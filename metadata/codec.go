@@ -3,12 +3,9 @@ package metadata
 import (
 	"fmt"
 	"maps"
-	"math"
 	"slices"
 	"time"
-	"unsafe"
 
-	digest "github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/lamina-build/lamina/metadata/internal/recordpb"
@@ -23,32 +20,6 @@ func encodeRecord(r *Record) ([]byte, error) {
 	}
 	fillFrame([]byte(r.row), b)
 	return b, nil
-}
-
-// decodeRecord reads the framed value of a row. The result shares no memory
-// with it. An error can name the record by its row only.
-func decodeRecord(row ID, value []byte) (*Record, error) {
-	return decodeRecordBy(new(recordpb.Record), row, value)
-}
-
-// decodeRecordBy is decodeRecord by means of a message that serves again: who
-// decodes all records makes half the garbage.
-func decodeRecordBy(m *recordpb.Record, row ID, value []byte) (*Record, error) {
-	damaged := func(reason error) error {
-		return &DamagedError{Bucket: bucketRecord, ID: row, Key: string(row), Reason: reason.Error()}
-	}
-	payload, err := unframe([]byte(row), value)
-	if err != nil {
-		return nil, damaged(err)
-	}
-	if err := proto.Unmarshal(payload, m); err != nil {
-		return nil, damaged(err)
-	}
-	// No record has no state: that would be somebody else's frame.
-	if m.State == 0 || m.State > math.MaxUint8 || m.Op > math.MaxUint8 || m.OnPowerCut > math.MaxUint8 {
-		return nil, damaged(fmt.Errorf("state %d, op %d, policy %d", m.State, m.Op, m.OnPowerCut))
-	}
-	return recordFromPB(row, m), nil
 }
 
 // declares says whether the record in a row can be read and declares an index
@@ -109,55 +80,10 @@ func blobToPB(b Blob) *recordpb.Blob {
 	return m
 }
 
-func recordFromPB(row ID, m *recordpb.Record) *Record {
-	r := &Record{
-		ID: row, row: row, State: State(m.State), Op: Op(m.Op), Revision: m.Revision,
-		Key: text[string](m.Key), Was: text[string](m.Was),
-		Parents: fromBytes[ID](m.Parents), Aliases: fromBytes[ID](m.Aliases),
-		Retain: m.Retain, Interrupted: m.Interrupted, RetainAfter: m.RetainAfter,
-		OnPowerCut: PowerCut(m.OnPowerCut), Durable: m.Durable, Raw: m.Raw,
-		Type: text[string](m.Type), Description: text[string](m.Description), Labels: unpair(m.Labels),
-		Created: fromInstant(m.Created), LastUsed: fromInstant(m.LastUsed),
-		UsageCount: m.UsageCount, Cost: time.Duration(m.Cost), Size: m.Size,
-		ChainID: text[digest.Digest](m.ChainId), DiffID: text[digest.Digest](m.DiffId), Verified: m.Verified,
-		ImageRefs: fromBytes[string](m.ImageRefs),
-		unknown:   m.ProtoReflect().GetUnknown(),
-	}
-	if len(m.Id) > 0 {
-		r.ID = text[ID](m.Id)
-	}
-	for _, b := range m.Blobs {
-		r.Blobs = append(r.Blobs, Blob{
-			Digest: text[digest.Digest](b.Digest), MediaType: text[string](b.MediaType), Size: b.Size,
-			DiffID: text[digest.Digest](b.DiffId), Annotations: unpair(b.Annotations),
-			URLs: fromBytes[string](b.Urls), Stored: b.Stored, Claimed: b.Claimed, unknown: b.ProtoReflect().GetUnknown(),
-		})
-	}
-	for _, v := range m.Values {
-		r.Values = append(r.Values, Value{
-			Name: text[string](v.Name), Data: v.Data, Index: text[string](v.Index),
-			unknown: v.ProtoReflect().GetUnknown(),
-		})
-	}
-	return r
-}
-
-// text is a field that was decoded, without a copy: the decoder made one
-// already, and nobody but the message has it, which goes or is reset.
-func text[S ~string](b []byte) S { return S(unsafe.String(unsafe.SliceData(b), len(b))) }
-
 func toBytes[S ~string](list []S) [][]byte {
 	var out [][]byte
 	for _, s := range list {
 		out = append(out, []byte(s))
-	}
-	return out
-}
-
-func fromBytes[S ~string](list [][]byte) []S {
-	var out []S
-	for _, b := range list {
-		out = append(out, text[S](b))
 	}
 	return out
 }
@@ -168,17 +94,6 @@ func pairs(m map[string]string) []*recordpb.Pair {
 		out = append(out, &recordpb.Pair{Key: []byte(k), Value: []byte(m[k])})
 	}
 	return out
-}
-
-func unpair(list []*recordpb.Pair) map[string]string {
-	if len(list) == 0 {
-		return nil
-	}
-	m := make(map[string]string, len(list))
-	for _, p := range list {
-		m[text[string](p.Key)] = text[string](p.Value)
-	}
-	return m
 }
 
 func toInstant(t time.Time) *recordpb.Instant {

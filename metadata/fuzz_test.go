@@ -15,8 +15,8 @@ import (
 	"github.com/lamina-build/lamina/metadata/internal/recordpb"
 )
 
-// FuzzDecodeRecord: no bytes make it panic, and what it takes it writes
-// again to the same effect.
+// FuzzDecodeRecord: no bytes make it panic, the generated messages read the same
+// of them, and what it takes it writes again to the same effect.
 func FuzzDecodeRecord(f *testing.F) {
 	for _, r := range []*Record{
 		{ID: "a", State: Committed, Op: Base},
@@ -31,6 +31,7 @@ func FuzzDecodeRecord(f *testing.F) {
 		if r, err := decodeRecord("a", payload); err == nil {
 			t.Fatalf("bytes without a frame decode as %+v", r)
 		}
+		requireSameDecoding(t, payload)
 		r, err := decodeRecord("a", frame([]byte("a"), payload))
 		if err != nil {
 			require.ErrorIs(t, err, ErrDamaged)

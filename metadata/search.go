@@ -10,8 +10,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
-
-	"github.com/lamina-build/lamina/metadata/internal/recordpb"
 )
 
 // pairs yields the second halves of the rows of a bucket whose first half is
@@ -214,12 +212,11 @@ func (tx *Tx) Unsettled() iter.Seq[ID] {
 // record with a *DamagedError, and the walk goes on.
 func (tx *Tx) Records() iter.Seq2[*Record, error] {
 	return func(yield func(*Record, error) bool) {
-		var m recordpb.Record
 		for k, v := range tx.scan(bucketRecord, nil) {
 			if v == nil {
 				continue
 			}
-			r, err := decodeRecordBy(&m, ID(k), v)
+			r, err := decodeOwned(ID(k), v)
 			if err == nil && tx.store != nil {
 				tx.store.uses.addPending(r, tx.serial())
 			}
