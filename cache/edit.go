@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -69,8 +70,8 @@ func (e *Edit) SetLabel(name, value string) {
 // SetDescription sets the text that people read.
 func (e *Edit) SetDescription(text string) { e.rec.Description = text }
 
-// SetType sets the record type.
-func (e *Edit) SetType(t string) { e.rec.Type = t }
+// SetType sets the record type, TypeRegular if t is empty.
+func (e *Edit) SetType(t string) { e.rec.Type = cmp.Or(t, TypeRegular) }
 
 // SetRetain says whether the record outlives its last handle. While a reopened
 // record is written to it is retained in any case; what is set here holds from
@@ -86,8 +87,8 @@ func (e *Edit) SetRetain(retain bool) {
 // Attach stores data under that name; nil removes it. Attachments move with
 // the record when it is reopened.
 func (e *Edit) Attach(name string, data []byte) error {
-	if name == "" {
-		return fmt.Errorf("an attachment needs a name: %w", errdefs.ErrInvalidArgument)
+	if name == "" || len(name) > metadata.MaxNameLen {
+		return fmt.Errorf("an attachment has a name of 1 to %d bytes, not of %d: %w", metadata.MaxNameLen, len(name), errdefs.ErrInvalidArgument)
 	}
 	e.attach[name] = data
 	return nil
@@ -124,8 +125,11 @@ func (e *Edit) writeAttachments(tx *metadata.Tx) error {
 // validate refuses a record that callers filled with what cannot be stored.
 func validate(rec *Record) error {
 	const most = 64 << 10
-	if len(rec.Type) > most || len(rec.Description) > most {
-		return fmt.Errorf("type and description may have %d bytes each: %w", most, errdefs.ErrInvalidArgument)
+	if n := len(rec.Type); n > metadata.MaxNameLen {
+		return fmt.Errorf("the type has %d bytes, at most %d are allowed: %w", n, metadata.MaxNameLen, errdefs.ErrInvalidArgument)
+	}
+	if n := len(rec.Description); n > most {
+		return fmt.Errorf("the description has %d bytes, at most %d are allowed: %w", n, most, errdefs.ErrInvalidArgument)
 	}
 	if _, ok := rec.Labels[""]; ok {
 		return fmt.Errorf("a label needs a name: %w", errdefs.ErrInvalidArgument)

@@ -408,6 +408,32 @@ func TestSearch(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
 
+// TestWhatCannotBeStoredIsRefusedAtOnce, and not by the commit of the work that
+// was done meanwhile: a mutable is in memory only.
+func TestWhatCannotBeStoredIsRefusedAtOnce(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	long := strings.Repeat("x", 1025)
+	_, err := w.New(w.ctx, nil, cache.NewOptions{Type: long})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	mut := w.new(nil, cache.NewOptions{}, "file", "text")
+	for what, edit := range map[string]func(*cache.Edit) error{
+		"type":        func(e *cache.Edit) error { e.SetType(long); return nil },
+		"description": func(e *cache.Edit) error { e.SetDescription(strings.Repeat("x", 65537)); return nil },
+		"label":       func(e *cache.Edit) error { e.SetLabel("", "x"); return nil },
+		"attachment":  func(e *cache.Edit) error { return e.Attach(long, nil) },
+		"no name":     func(e *cache.Edit) error { return e.Attach("", nil) },
+		"value": func(e *cache.Edit) error {
+			return e.SetValue(cache.Value{Name: "v", Index: strings.Repeat("x", 1<<20)})
+		},
+	} {
+		require.ErrorIs(t, mut.Edit(w.ctx, edit), errdefs.ErrInvalidArgument, what)
+	}
+	require.NoError(t, mut.Edit(w.ctx, func(e *cache.Edit) error { e.SetType(""); return nil }))
+	imm := w.commit(mut)
+	require.Equal(t, cache.TypeRegular, imm.Record().Type)
+	w.release(imm)
+}
+
 func TestCommitTakesValuesFromTheParent(t *testing.T) {
 	w := newWorld(t, overlayKind)
 	mut := w.new(nil, cache.NewOptions{Values: []cache.Value{{Name: "k", Index: "key"}, {Name: "o", Index: "other"}}}, "", "")

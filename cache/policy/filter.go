@@ -265,10 +265,13 @@ func placeOf(err error, text string) int {
 
 // reasonOf is what the parser says without its drawing of the place.
 func reasonOf(err error) string {
-	if at := strings.LastIndex(err.Error(), "]: "); at >= 0 {
-		return err.Error()[at+3:]
+	reason := err.Error()
+	if at := strings.LastIndex(reason, "]: "); at >= 0 {
+		reason = reason[at+3:]
 	}
-	return err.Error()
+	// It shows characters as they are, also a line's end.
+	reason = strconv.QuoteToGraphic(reason)
+	return strings.ReplaceAll(reason[1:len(reason)-1], `\"`, `"`)
 }
 
 // checkRegexp compiles what stands behind ~= in a condition that the library

@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
@@ -266,5 +267,15 @@ func TestAmountsAndDurations(t *testing.T) {
 	for _, text := range []string{"", "5", "-1h", "1y", "d", "1d-1h", "NaNd", "9999999999w", "1h1d"} {
 		_, err := policy.ParseDuration(text)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, text)
+	}
+}
+
+// A message is one line, whatever stands in the filter.
+func TestReasonIsOneLine(t *testing.T) {
+	for _, text := range []string{"id==a\nb", "id==\x00", "id==a\r,type", "\n"} {
+		_, err := policy.ParseFilters(text)
+		var se *policy.SyntaxError
+		require.ErrorAs(t, err, &se, "%q", text)
+		require.False(t, strings.ContainsFunc(err.Error(), unicode.IsControl), "%q", err)
 	}
 }

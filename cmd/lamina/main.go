@@ -28,5 +28,8 @@ func run(args []string) int {
 	if err != nil && !a.began {
 		err = usage(called, err)
 	}
+	if out, ok := a.out.(*stdoutFile); ok && err == nil {
+		err = out.failed
+	}
 	return a.report(called, err)
 }

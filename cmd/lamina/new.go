@@ -32,8 +32,10 @@ cannot be reopened any more; a mutable one is refused.
 			if err != nil {
 				return usage(cmd, err)
 			}
-			if cmd.Flags().Changed("parent") && o.parent == "" {
-				return usagef(cmd, "--parent is empty")
+			for _, name := range []string{"parent", "type"} {
+				if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() == "" {
+					return usagef(cmd, "--%s is empty", name)
+				}
 			}
 			for _, key := range o.indexes {
 				if key == "" {

@@ -44,9 +44,28 @@ func safe(s string) string {
 	return strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)
 }
 
+// stdoutFile is standard output. It keeps the first error of a write, so that data
+// which got lost on its way, a table's or a help's, is not taken for printed.
+type stdoutFile struct {
+	*os.File
+	failed error
+}
+
+// Write writes to the file.
+func (o *stdoutFile) Write(p []byte) (int, error) {
+	n, err := o.File.Write(p)
+	if o.failed == nil {
+		o.failed = err
+	}
+	return n, err
+}
+
+// WriteString is Write.
+func (o *stdoutFile) WriteString(s string) (int, error) { return o.Write([]byte(s)) }
+
 // isTerminal says whether w is a terminal.
 func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
+	f, ok := w.(interface{ Fd() uintptr })
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 

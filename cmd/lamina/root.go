@@ -33,7 +33,7 @@ type app struct {
 	stopSignals func()
 }
 
-func newApp() *app { return &app{out: os.Stdout, err: os.Stderr} }
+func newApp() *app { return &app{out: &stdoutFile{File: os.Stdout}, err: os.Stderr} }
 
 // Annotations of a command that say what has to happen before it runs.
 const (
