@@ -36,7 +36,7 @@ func commit(ctx context.Context, m *cache.Manager, id cache.ID) (stateView, erro
 	}
 	// GetMutable would reopen a committed record under a new id.
 	if rec.State != cache.Mutable {
-		return stateView{}, fmt.Errorf("record %s is %s already: %w", id, rec.State, errdefs.ErrFailedPrecondition)
+		return stateView{}, fmt.Errorf("record %s is %s, and only a mutable one can be committed: %w", id, rec.State, errdefs.ErrFailedPrecondition)
 	}
 	mut, err := m.GetMutable(ctx, rec.ID)
 	if err != nil {

@@ -89,3 +89,19 @@ func TestReport(t *testing.T) {
 	require.Equal(t, "abc", v["error"]["id"], "the id of the record that is locked")
 	require.Equal(t, "locked", v["error"]["class"])
 }
+
+// TestEndedBySignal: the exit code is that of the signal, also where a library
+// only says that the context ended.
+func TestEndedBySignal(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	canceled := fmt.Errorf("hash record x: %w", context.Canceled)
+	require.Equal(t, canceled, bySignal(ctx, canceled), "somebody else's context")
+	cancel(sandbox.SignalError{Signal: syscall.SIGTERM})
+	for _, err := range []error{canceled, context.Cause(ctx), fmt.Errorf("wait: %w", context.Cause(ctx))} {
+		require.Equal(t, 143, exitCode(bySignal(ctx, err)), "%v", err)
+		require.Equal(t, "canceled", classOf(bySignal(ctx, err)))
+	}
+	require.NoError(t, bySignal(ctx, nil))
+	other := errors.New("oops")
+	require.Equal(t, other, bySignal(ctx, other))
+}

@@ -23,7 +23,7 @@ func run(args []string) int {
 	cmd.SetArgs(args)
 	called, err := cmd.ExecuteContextC(context.Background())
 	if a.stopSignals != nil {
-		a.stopSignals()
+		err = a.stopSignals(err)
 	}
 	if err != nil && !a.began {
 		err = usage(called, err)

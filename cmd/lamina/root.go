@@ -29,8 +29,10 @@ type app struct {
 	// are errors of usage.
 	began bool
 	// namespace is what the sandbox gave, nil for verbs that need none.
-	namespace   *sandbox.Namespace
-	stopSignals func()
+	namespace *sandbox.Namespace
+	// stopSignals gives the error of the verb back, with the signal that was the
+	// reason.
+	stopSignals func(error) error
 }
 
 func newApp() *app { return &app{out: &stdoutFile{File: os.Stdout}, err: os.Stderr} }
@@ -141,7 +143,11 @@ func (a *app) begin(cmd *cobra.Command, _ []string) error {
 	}
 	a.useLog()
 	ctx, stop := withSignals(cmd.Context())
-	a.stopSignals = stop
+	a.stopSignals = func(err error) error {
+		err = bySignal(ctx, err)
+		stop()
+		return err
+	}
 	cmd.SetContext(ctx)
 	return nil
 }

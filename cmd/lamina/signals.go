@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
@@ -16,6 +18,16 @@ import (
 // who has lost patience. Tools like timeout send the same signal to a process
 // and to its group, so the second comes at once.
 const again = time.Second
+
+// bySignal says which signal made ctx end, where err only says that it did: not
+// every library asks for the reason.
+func bySignal(ctx context.Context, err error) error {
+	var s sandbox.SignalError
+	if !errors.Is(err, context.Canceled) || errors.As(err, &s) || !errors.As(context.Cause(ctx), &s) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, s)
+}
 
 // withSignals gives a context that ends with SIGINT, SIGTERM or SIGHUP, as a
 // sandbox.SignalError that says which. A further signal ends the program as if
