@@ -108,8 +108,21 @@ func (a *app) report(cmd *cobra.Command, err error) int {
 	if errors.As(err, &status) {
 		return int(status)
 	}
+	err = a.hintRoom(err)
 	a.complain(cmd, err)
 	return exitCode(err)
+}
+
+// hintRoom says what helps where the disk of the store is full. Other files, as
+// what is exported, are not its business.
+func (a *app) hintRoom(err error) error {
+	var at *fs.PathError
+	root, rerr := a.root()
+	if rerr != nil || !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) ||
+		!errors.As(err, &at) || !strings.HasPrefix(at.Path, root+"/") {
+		return err
+	}
+	return hintf(err, "lamina prune makes room there")
 }
 
 // complain prints an error on stderr.

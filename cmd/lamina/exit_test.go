@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -104,4 +105,16 @@ func TestEndedBySignal(t *testing.T) {
 	require.NoError(t, bySignal(ctx, nil))
 	other := errors.New("oops")
 	require.Equal(t, other, bySignal(ctx, other))
+}
+
+// TestHintOfRoom: only a full disk of the store is one that a prune helps.
+func TestHintOfRoom(t *testing.T) {
+	a := &app{rootDir: "/srv/store"}
+	for path, hint := range map[string]bool{"/srv/store/snapshots/new/x": true, "/srv/storehouse/x": false, "out.tar": false} {
+		err := fmt.Errorf("prepare: %w", &os.PathError{Op: "mkdir", Path: path, Err: syscall.ENOSPC})
+		require.Equal(t, hint, strings.Contains(a.hintRoom(err).Error(), "lamina prune"), path)
+		require.ErrorIs(t, a.hintRoom(err), syscall.ENOSPC)
+	}
+	other := &os.PathError{Op: "mkdir", Path: "/srv/store/x", Err: syscall.EIO}
+	require.Equal(t, error(other), a.hintRoom(other))
 }
