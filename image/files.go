@@ -111,6 +111,9 @@ func scanTar(ctx context.Context, f *os.File, s Select) (*tarFiles, error) {
 		if errors.Is(err, io.EOF) {
 			return t, nil
 		}
+		if err != nil && n == 1 {
+			return nil, fmt.Errorf("neither the archive of an image nor a layer: %w: %w", err, errdefs.ErrInvalidArgument)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("read the archive: %w: %w", err, errdefs.ErrInvalidArgument)
 		}

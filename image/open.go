@@ -294,10 +294,13 @@ var magics = []struct{ magic, mediaType string }{
 // mediaType is that of a layer with the first bytes of f.
 func mediaType(f io.ReaderAt) (string, error) {
 	var head [4]byte
-	if n, err := f.ReadAt(head[:], 0); err != nil && !errors.Is(err, io.EOF) {
+	switch n, err := f.ReadAt(head[:], 0); {
+	case err != nil && !errors.Is(err, io.EOF):
 		return "", err
-	} else if n < len(head) {
-		return "", fmt.Errorf("the file has %d bytes: %w", n, errdefs.ErrInvalidArgument)
+	case n == 0:
+		return "", fmt.Errorf("it is empty: %w", errdefs.ErrInvalidArgument)
+	case n < len(head):
+		return "", fmt.Errorf("it has only %d bytes: %w", n, errdefs.ErrInvalidArgument)
 	}
 	for _, m := range magics {
 		if string(head[:len(m.magic)]) == m.magic {

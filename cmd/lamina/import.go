@@ -48,6 +48,9 @@ archive may unpack to 1 TiB and have 16 million files.`,
 					return usagef(cmd, "--%s is empty", name)
 				}
 			}
+			if args[0] == "" {
+				return usagef(cmd, "the name of the file is empty")
+			}
 			if args[0] == "-" && isTerminal(os.Stdin) {
 				return usagef(cmd, "standard input is a terminal: name a file, or use a pipe")
 			}
