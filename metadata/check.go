@@ -114,7 +114,7 @@ func (c *checker) find(code string, id ID, bucket string, key []byte, format str
 func (c *checker) pages() bool {
 	w := newPageWalk(c.tx.tree)
 	w.goOn = true
-	err := c.tx.guard("look at pages", func() error { w.run(); return nil })
+	err := c.tx.guard("look at", "pages", func() error { w.run(); return nil })
 	if err == nil && c.tx.handle != nil {
 		w.damaged = append(w.damaged, c.tx.handle.usedAndFree(uint64(c.tx.tx.ID()), w.reached)...)
 	}

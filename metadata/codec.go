@@ -22,27 +22,6 @@ func encodeRecord(r *Record) ([]byte, error) {
 	return b, nil
 }
 
-// declares says whether the record in a row can be read and declares an index
-// key, and which one it is. It is decodeRecord for searches, which ask no more.
-func declares(row ID, value []byte, key string) (id ID, ok bool) {
-	payload, err := unframe([]byte(row), value)
-	if err != nil {
-		return "", false
-	}
-	var m recordpb.Keys
-	if err := (proto.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(payload, &m); err != nil || m.State == 0 {
-		return "", false
-	}
-	if id = row; len(m.Id) > 0 {
-		id = ID(m.Id)
-	}
-	ok = len(m.ChainId) > 0 && key == chainIndex(string(m.ChainId))
-	for _, v := range m.Values {
-		ok = ok || len(v.Index) > 0 && string(v.Index) == key
-	}
-	return id, ok
-}
-
 func recordToPB(r *Record) *recordpb.Record {
 	m := &recordpb.Record{
 		State: uint32(r.State), Op: uint32(r.Op), Revision: r.Revision,

@@ -200,7 +200,7 @@ func (c *compaction) copyAll(from *Tx) (seen []bool, err error) {
 		return nil, err
 	}
 	w := newPageWalk(from.tree)
-	if err := from.guard("copy", func() error { w.run(); return nil }); err != nil {
+	if err := from.guard("copy", "pages", func() error { w.run(); return nil }); err != nil {
 		return nil, err
 	}
 	if len(w.damaged) > 0 {
@@ -288,7 +288,7 @@ func (c *compaction) catchUp(before, now *Tx, seen []bool) error {
 		return err
 	}
 	defer func() { _ = tx.Rollback() }() // after a commit it does nothing
-	err = now.guard("copy", func() error {
+	err = now.guard("copy", "pages", func() error {
 		names, err := now.rootKeys()
 		if err != nil {
 			return err

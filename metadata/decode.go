@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 	"unsafe"
 
@@ -42,6 +43,38 @@ func decodeOwned(row ID, value []byte) (*Record, error) {
 	d.r.State, d.r.Op, d.r.OnPowerCut = State(d.state), Op(d.op), PowerCut(d.onPowerCut)
 	d.r.Created, d.r.LastUsed = d.created.time(), d.lastUsed.time()
 	return d.r, nil
+}
+
+// declares says whether the record in a row can be read and declares an index
+// key, and which one it is. It is decodeRecord for searches: they ask no more,
+// and nothing is copied for them but the id.
+func declares(row ID, value []byte, key string) (id ID, ok bool) {
+	payload, err := unframe([]byte(row), value)
+	if err != nil {
+		return "", false
+	}
+	chain, isChain := strings.CutPrefix(key, chainPrefix)
+	index := func(f field) (bool, error) {
+		ok = ok || f.kind == protowire.BytesType && f.number == 3 && len(f.b) > 0 && string(f.b) == key
+		return true, nil
+	}
+	var state uint64
+	id = row
+	_, err = fields(payload, func(f field) (_ bool, err error) {
+		switch {
+		case f.kind == protowire.VarintType && f.number == 1:
+			state = f.n
+		case f.kind != protowire.BytesType:
+		case f.number == 22:
+			ok = ok || isChain && len(f.b) > 0 && string(f.b) == chain
+		case f.number == 27:
+			_, err = fields(f.b, index)
+		case f.number == 29 && len(f.b) > 0:
+			id = ID(f.b)
+		}
+		return true, err
+	})
+	return id, ok && err == nil && state != 0
 }
 
 // A field is one number's value, as it is written: a number, or bytes.

@@ -12,9 +12,14 @@ import (
 
 // Group commit. A transaction costs two syncs, whatever it holds. So updates
 // that are asked for at the same time share one: the first caller leads and
-// runs what is there; while its transaction is synced the others queue, and
-// the first of them leads next, with all of them. Nobody waits for more to
-// come: a caller alone leads at once, in its own goroutine.
+// runs what is there, and what comes while it runs; while its transaction is
+// synced the others queue, and the first of them leads next, with all of them.
+// Nobody waits for more to come: a caller alone leads at once, in its own
+// goroutine.
+
+// maxGroup is how many calls share a transaction before it is closed to those
+// that come while the others run.
+const maxGroup = 256
 
 // phase is where a call is on its way. It moves under queue.mu.
 type phase uint8
@@ -156,13 +161,23 @@ func (q *queue) leave(c *call) bool {
 
 // take gives the leader all that waits.
 func (q *queue) take() []*call {
+	return q.takeOf(func(*call) bool { return true })
+}
+
+// takeOf is take of some.
+func (q *queue) takeOf(which func(*call) bool) (batch []*call) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	batch := q.waiting
-	q.waiting = nil
-	for _, c := range batch {
+	var others []*call
+	for _, c := range q.waiting {
+		if !which(c) {
+			others = append(others, c)
+			continue
+		}
 		c.phase = taken
+		batch = append(batch, c)
 	}
+	q.waiting = others
 	return batch
 }
 
@@ -204,6 +219,7 @@ type leader struct {
 	rest    []*call // run after it
 	current *call   // whose function runs
 	tx      *Tx
+	full    bool // nobody else is to share it
 }
 
 // lead runs all that waits. A function that ends the goroutine
@@ -261,11 +277,6 @@ func (l *leader) run(withUses bool) {
 			l.drop(c, err)
 		}
 	}
-	for _, c := range slices.Clone(l.batch) {
-		if err := context.Cause(c.ctx); err != nil {
-			l.drop(c, err)
-		}
-	}
 	if !slices.ContainsFunc(l.batch, func(c *call) bool { return !c.flush }) && !l.s.finalWork(l.batch) {
 		l.dropAll(nil)
 	}
@@ -292,6 +303,7 @@ func (l *leader) run(withUses bool) {
 
 // each runs the calls of the batch one by one.
 func (l *leader) each() {
+	l.full = true
 	l.rest = append(l.batch, l.rest...)
 	l.batch = nil
 	for len(l.rest) > 0 {
@@ -322,11 +334,12 @@ func (l *leader) attempt(withUses bool) (again bool, err error) {
 // runFunctions says whether the transaction is worth a commit.
 func (l *leader) runFunctions(tx *Tx) (again, write bool) {
 	flush := false
-	for _, c := range slices.Clone(l.batch) {
-		writes := tx.writes
+	for i := 0; i < len(l.batch) || l.more(); {
+		c, writes := l.batch[i], tx.writes
 		err := l.call(tx, c)
 		if err == nil {
 			flush = flush || c.flush
+			i++
 			continue
 		}
 		l.drop(c, err)
@@ -338,9 +351,23 @@ func (l *leader) runFunctions(tx *Tx) (again, write bool) {
 	return false, tx.writes > 0 || (flush && l.s.finalWork(l.batch))
 }
 
+// more takes in who came while the functions ran, so that a burst of calls is
+// one transaction, and not the first of them and then all others.
+func (l *leader) more() bool {
+	if l.full || len(l.batch) >= maxGroup {
+		return false
+	}
+	late := l.s.queue.takeOf(func(c *call) bool { return c.alone == nil })
+	l.batch = append(l.batch, late...)
+	return len(late) > 0
+}
+
 // call runs one function. Its transaction may fail although it returns nil,
 // for what it did not look at.
 func (l *leader) call(tx *Tx, c *call) (err error) {
+	if err := context.Cause(c.ctx); err != nil {
+		return err
+	}
 	l.current = c
 	defer func() {
 		if p := recover(); p != nil {

@@ -95,8 +95,10 @@ func splitAttachment(k []byte) (row ID, name string, ok bool) {
 	return ID(first), name, ok && first != "" && name != ""
 }
 
-// chainIndex is the index key under which a record with a ChainID is found.
-func chainIndex(chainID string) string { return "chainid:" + chainID }
+// chainPrefix begins the index key under which a record with a ChainID is found.
+const chainPrefix = "chainid:"
+
+func chainIndex(chainID string) string { return chainPrefix + chainID }
 
 // printable quotes a key for a message.
 func printable(k []byte) string {

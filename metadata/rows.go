@@ -17,11 +17,12 @@ import (
 // both become errors here, so that what is above need not know of them. What
 // is returned is a copy; pages are in the memory map.
 
-// guard runs a few calls of bbolt. In a writing transaction a failure
-// spoils the whole transaction, since bbolt may have stopped half way.
-func (tx *Tx) guard(what string, f func() error) (err error) {
+// guard runs a few calls of bbolt, which do something to a bucket. In a writing
+// transaction a failure spoils the whole transaction, since bbolt may have
+// stopped half way.
+func (tx *Tx) guard(verb, bucket string, f func() error) (err error) {
 	if tx.done {
-		return fmt.Errorf("%s: transaction has ended: %w", what, ErrClosed)
+		return fmt.Errorf("%s %s: transaction has ended: %w", verb, bucket, ErrClosed)
 	}
 	if tx.err != nil && tx.writable {
 		return tx.err
@@ -29,7 +30,7 @@ func (tx *Tx) guard(what string, f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			err = recovered(what, p)
+			err = recovered(verb+" "+bucket, p)
 			if tx.writable {
 				tx.fail(err)
 			}
@@ -49,11 +50,12 @@ func (tx *Tx) fail(err error) {
 func newTx(s *Store, h *handle, b *bolt.Tx) *Tx {
 	info := b.DB().Info()
 	size := uint64(info.PageSize)
-	t := new(tree)
+	var t *tree
 	if h != nil {
-		if had, ok := h.trees.Get().(*tree); ok {
-			t = had
-		}
+		t, _ = h.trees.Get().(*tree)
+	}
+	if t == nil {
+		t = new(tree)
 	}
 	t.src, t.pageSize, t.used, t.root = mapped(b, info), size, uint64(b.Size())/size, uint64(b.Cursor().Bucket().Root())
 	if h == nil {
@@ -96,7 +98,7 @@ func (tx *Tx) has(bucket string, key []byte) (ok bool, err error) {
 // find calls found with the value of a row, which is not a copy. A writing
 // transaction sees what it has written, and so has to ask bbolt.
 func (tx *Tx) find(bucket string, key []byte, found func([]byte)) error {
-	return tx.guard("read "+bucket, func() error {
+	return tx.guard("read", bucket, func() error {
 		if !tx.writable {
 			v, ok, err := tx.tree.get(bucket, key)
 			if ok {
@@ -122,21 +124,21 @@ func (tx *Tx) put(bucket string, key, value []byte) error {
 	tx.writes++
 	n := int64(len(key) + len(value))
 	tx.putBytes, tx.largest = tx.putBytes+n, max(tx.largest, n)
-	return tx.change("write "+bucket, bucket, key, func(b *bolt.Bucket) error { return b.Put(key, value) })
+	return tx.change("write", bucket, key, func(b *bolt.Bucket) error { return b.Put(key, value) })
 }
 
 // remove deletes a row, if it is there. Errors as for put.
 func (tx *Tx) remove(bucket string, key []byte) error {
 	tx.writes++
-	return tx.change("remove from "+bucket, bucket, key, func(b *bolt.Bucket) error { return b.Delete(key) })
+	return tx.change("remove from", bucket, key, func(b *bolt.Bucket) error { return b.Delete(key) })
 }
 
 // change changes a row, or with a nil key what is kept with the bucket.
-func (tx *Tx) change(what, bucket string, key []byte, f func(*bolt.Bucket) error) error {
+func (tx *Tx) change(verb, bucket string, key []byte, f func(*bolt.Bucket) error) error {
 	if !tx.writable {
-		return fmt.Errorf("%s: transaction only reads: %w", what, ErrReadOnly)
+		return fmt.Errorf("%s %s: transaction only reads: %w", verb, bucket, ErrReadOnly)
 	}
-	err := tx.guard(what, func() error {
+	err := tx.guard(verb, bucket, func() error {
 		if err := tx.tree.look(bucket, key, true); err != nil {
 			return err
 		}
@@ -150,7 +152,7 @@ func (tx *Tx) change(what, bucket string, key []byte, f func(*bolt.Bucket) error
 		return f(b)
 	})
 	if err != nil {
-		err = ioError(what, err)
+		err = ioError(verb+" "+bucket, err)
 		tx.fail(err)
 	}
 	return err
@@ -158,13 +160,13 @@ func (tx *Tx) change(what, bucket string, key []byte, f func(*bolt.Bucket) error
 
 // makeBucket makes sure that a bucket exists.
 func (tx *Tx) makeBucket(bucket string) error {
-	return tx.change("make "+bucket, bucket, nil, func(*bolt.Bucket) error { return nil })
+	return tx.change("make", bucket, nil, func(*bolt.Bucket) error { return nil })
 }
 
 // sequence is the number that bbolt keeps in a bucket's header, where it
 // costs no page of its own.
 func (tx *Tx) sequence(bucket string) (n uint64, err error) {
-	err = tx.guard("read "+bucket, func() error {
+	err = tx.guard("read", bucket, func() error {
 		if !tx.writable {
 			b, _, err := tx.tree.bucket(bucket)
 			n = b.sequence
@@ -183,14 +185,14 @@ func (tx *Tx) sequence(bucket string) (n uint64, err error) {
 
 func (tx *Tx) setSequence(bucket string, n uint64) error {
 	tx.writes++
-	return tx.change("number "+bucket, bucket, nil, func(b *bolt.Bucket) error { return b.SetSequence(n) })
+	return tx.change("number", bucket, nil, func(b *bolt.Bucket) error { return b.SetSequence(n) })
 }
 
 // rootKeys lists the names at the top of the file, as it was when the
 // transaction began, and whether they are those of buckets.
 func (tx *Tx) rootKeys() (map[string]bool, error) {
 	names := map[string]bool{}
-	err := tx.guard("list buckets", func() error {
+	err := tx.guard("list", "buckets", func() error {
 		c := treeCursor{t: tx.tree, root: bucketRoot{page: tx.tree.root}}
 		ok, err := c.seek(nil)
 		for ; ok && err == nil; ok, err = c.next() {
@@ -244,7 +246,7 @@ func (c *cursor) next() (k, v []byte, ok bool) {
 
 // step moves by reads, or by bbolt's cursor in a writing transaction.
 func (c *cursor) step(read func() (bool, error), write func(*bolt.Cursor) ([]byte, []byte), from []byte) (k, v []byte, ok bool) {
-	c.err = c.tx.guard("walk "+c.bucket, func() (err error) {
+	c.err = c.tx.guard("walk", c.bucket, func() (err error) {
 		if !c.tx.writable {
 			if ok, err = read(); !ok || err != nil {
 				return err

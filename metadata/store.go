@@ -481,7 +481,7 @@ func (s *Store) Stats() Stats {
 		st.FileBytes = info.Size()
 	}
 	if err := s.view(func(tx *Tx) error {
-		return tx.guard("size", func() error {
+		return tx.guard("size", "file", func() error {
 			st.UsedBytes = tx.tx.Size()
 			if !s.opts.ReadOnly {
 				st.FreeBytes = int64(tx.handle.db.Stats().FreeAlloc)

@@ -59,7 +59,7 @@ func (tx *Tx) tally(bucket string, seed maphash.Seed) tally {
 		}
 		return t
 	}
-	err := tx.guard("walk "+bucket, func() error {
+	err := tx.guard("walk", bucket, func() error {
 		b, ok, err := tx.tree.bucket(bucket)
 		if err != nil || !ok {
 			return err

@@ -291,120 +291,6 @@ func (x *Record) GetId() []byte {
 	return nil
 }
 
-// Keys reads as much of a Record as a search has to know.
-type Keys struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	State         uint32                 `protobuf:"varint,1,opt,name=state,proto3" json:"state,omitempty"`
-	ChainId       []byte                 `protobuf:"bytes,22,opt,name=chain_id,json=chainId,proto3" json:"chain_id,omitempty"`
-	Values        []*Key                 `protobuf:"bytes,27,rep,name=values,proto3" json:"values,omitempty"`
-	Id            []byte                 `protobuf:"bytes,29,opt,name=id,proto3" json:"id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Keys) Reset() {
-	*x = Keys{}
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[1]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Keys) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Keys) ProtoMessage() {}
-
-func (x *Keys) ProtoReflect() protoreflect.Message {
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[1]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Keys.ProtoReflect.Descriptor instead.
-func (*Keys) Descriptor() ([]byte, []int) {
-	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{1}
-}
-
-func (x *Keys) GetState() uint32 {
-	if x != nil {
-		return x.State
-	}
-	return 0
-}
-
-func (x *Keys) GetChainId() []byte {
-	if x != nil {
-		return x.ChainId
-	}
-	return nil
-}
-
-func (x *Keys) GetValues() []*Key {
-	if x != nil {
-		return x.Values
-	}
-	return nil
-}
-
-func (x *Keys) GetId() []byte {
-	if x != nil {
-		return x.Id
-	}
-	return nil
-}
-
-// Key is the key of a Value.
-type Key struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Index         []byte                 `protobuf:"bytes,3,opt,name=index,proto3" json:"index,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Key) Reset() {
-	*x = Key{}
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[2]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Key) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Key) ProtoMessage() {}
-
-func (x *Key) ProtoReflect() protoreflect.Message {
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[2]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Key.ProtoReflect.Descriptor instead.
-func (*Key) Descriptor() ([]byte, []int) {
-	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{2}
-}
-
-func (x *Key) GetIndex() []byte {
-	if x != nil {
-		return x.Index
-	}
-	return nil
-}
-
 // Instant is a point in time with its full range; an absent one is no time.
 type Instant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -416,7 +302,7 @@ type Instant struct {
 
 func (x *Instant) Reset() {
 	*x = Instant{}
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[3]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -428,7 +314,7 @@ func (x *Instant) String() string {
 func (*Instant) ProtoMessage() {}
 
 func (x *Instant) ProtoReflect() protoreflect.Message {
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[3]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -441,7 +327,7 @@ func (x *Instant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instant.ProtoReflect.Descriptor instead.
 func (*Instant) Descriptor() ([]byte, []int) {
-	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{3}
+	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *Instant) GetSeconds() int64 {
@@ -469,7 +355,7 @@ type Pair struct {
 
 func (x *Pair) Reset() {
 	*x = Pair{}
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[4]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -481,7 +367,7 @@ func (x *Pair) String() string {
 func (*Pair) ProtoMessage() {}
 
 func (x *Pair) ProtoReflect() protoreflect.Message {
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[4]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -494,7 +380,7 @@ func (x *Pair) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pair.ProtoReflect.Descriptor instead.
 func (*Pair) Descriptor() ([]byte, []int) {
-	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{4}
+	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Pair) GetKey() []byte {
@@ -528,7 +414,7 @@ type Blob struct {
 
 func (x *Blob) Reset() {
 	*x = Blob{}
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[5]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -540,7 +426,7 @@ func (x *Blob) String() string {
 func (*Blob) ProtoMessage() {}
 
 func (x *Blob) ProtoReflect() protoreflect.Message {
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[5]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -553,7 +439,7 @@ func (x *Blob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Blob.ProtoReflect.Descriptor instead.
 func (*Blob) Descriptor() ([]byte, []int) {
-	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{5}
+	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Blob) GetDigest() []byte {
@@ -624,7 +510,7 @@ type Value struct {
 
 func (x *Value) Reset() {
 	*x = Value{}
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[6]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -636,7 +522,7 @@ func (x *Value) String() string {
 func (*Value) ProtoMessage() {}
 
 func (x *Value) ProtoReflect() protoreflect.Message {
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[6]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -649,7 +535,7 @@ func (x *Value) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Value.ProtoReflect.Descriptor instead.
 func (*Value) Descriptor() ([]byte, []int) {
-	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{6}
+	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Value) GetName() []byte {
@@ -687,7 +573,7 @@ type Meta struct {
 
 func (x *Meta) Reset() {
 	*x = Meta{}
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[7]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +585,7 @@ func (x *Meta) String() string {
 func (*Meta) ProtoMessage() {}
 
 func (x *Meta) ProtoReflect() protoreflect.Message {
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[7]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +598,7 @@ func (x *Meta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Meta.ProtoReflect.Descriptor instead.
 func (*Meta) Descriptor() ([]byte, []int) {
-	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{7}
+	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Meta) GetCreated() *Instant {
@@ -761,7 +647,7 @@ type Total struct {
 
 func (x *Total) Reset() {
 	*x = Total{}
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[8]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -773,7 +659,7 @@ func (x *Total) String() string {
 func (*Total) ProtoMessage() {}
 
 func (x *Total) ProtoReflect() protoreflect.Message {
-	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[8]
+	mi := &file_metadata_internal_recordpb_record_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -786,7 +672,7 @@ func (x *Total) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Total.ProtoReflect.Descriptor instead.
 func (*Total) Descriptor() ([]byte, []int) {
-	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{8}
+	return file_metadata_internal_recordpb_record_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Total) GetCount() int64 {
@@ -840,14 +726,7 @@ const file_metadata_internal_recordpb_record_proto_rawDesc = "" +
 	"\n" +
 	"image_refs\x18\x1a \x03(\fR\timageRefs\x121\n" +
 	"\x06values\x18\x1b \x03(\v2\x19.lamina.metadata.v1.ValueR\x06values\x12\x0e\n" +
-	"\x02id\x18\x1d \x01(\fR\x02idJ\x04\b\x1c\x10\x1d\"x\n" +
-	"\x04Keys\x12\x14\n" +
-	"\x05state\x18\x01 \x01(\rR\x05state\x12\x19\n" +
-	"\bchain_id\x18\x16 \x01(\fR\achainId\x12/\n" +
-	"\x06values\x18\x1b \x03(\v2\x17.lamina.metadata.v1.KeyR\x06values\x12\x0e\n" +
-	"\x02id\x18\x1d \x01(\fR\x02id\"\x1b\n" +
-	"\x03Key\x12\x14\n" +
-	"\x05index\x18\x03 \x01(\fR\x05index\"9\n" +
+	"\x02id\x18\x1d \x01(\fR\x02idJ\x04\b\x1c\x10\x1d\"9\n" +
 	"\aInstant\x12\x18\n" +
 	"\aseconds\x18\x01 \x01(\x03R\aseconds\x12\x14\n" +
 	"\x05nanos\x18\x02 \x01(\x05R\x05nanos\".\n" +
@@ -892,32 +771,29 @@ func file_metadata_internal_recordpb_record_proto_rawDescGZIP() []byte {
 	return file_metadata_internal_recordpb_record_proto_rawDescData
 }
 
-var file_metadata_internal_recordpb_record_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_metadata_internal_recordpb_record_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_metadata_internal_recordpb_record_proto_goTypes = []any{
 	(*Record)(nil),  // 0: lamina.metadata.v1.Record
-	(*Keys)(nil),    // 1: lamina.metadata.v1.Keys
-	(*Key)(nil),     // 2: lamina.metadata.v1.Key
-	(*Instant)(nil), // 3: lamina.metadata.v1.Instant
-	(*Pair)(nil),    // 4: lamina.metadata.v1.Pair
-	(*Blob)(nil),    // 5: lamina.metadata.v1.Blob
-	(*Value)(nil),   // 6: lamina.metadata.v1.Value
-	(*Meta)(nil),    // 7: lamina.metadata.v1.Meta
-	(*Total)(nil),   // 8: lamina.metadata.v1.Total
+	(*Instant)(nil), // 1: lamina.metadata.v1.Instant
+	(*Pair)(nil),    // 2: lamina.metadata.v1.Pair
+	(*Blob)(nil),    // 3: lamina.metadata.v1.Blob
+	(*Value)(nil),   // 4: lamina.metadata.v1.Value
+	(*Meta)(nil),    // 5: lamina.metadata.v1.Meta
+	(*Total)(nil),   // 6: lamina.metadata.v1.Total
 }
 var file_metadata_internal_recordpb_record_proto_depIdxs = []int32{
-	4, // 0: lamina.metadata.v1.Record.labels:type_name -> lamina.metadata.v1.Pair
-	3, // 1: lamina.metadata.v1.Record.created:type_name -> lamina.metadata.v1.Instant
-	3, // 2: lamina.metadata.v1.Record.last_used:type_name -> lamina.metadata.v1.Instant
-	5, // 3: lamina.metadata.v1.Record.blobs:type_name -> lamina.metadata.v1.Blob
-	6, // 4: lamina.metadata.v1.Record.values:type_name -> lamina.metadata.v1.Value
-	2, // 5: lamina.metadata.v1.Keys.values:type_name -> lamina.metadata.v1.Key
-	4, // 6: lamina.metadata.v1.Blob.annotations:type_name -> lamina.metadata.v1.Pair
-	3, // 7: lamina.metadata.v1.Meta.created:type_name -> lamina.metadata.v1.Instant
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	2, // 0: lamina.metadata.v1.Record.labels:type_name -> lamina.metadata.v1.Pair
+	1, // 1: lamina.metadata.v1.Record.created:type_name -> lamina.metadata.v1.Instant
+	1, // 2: lamina.metadata.v1.Record.last_used:type_name -> lamina.metadata.v1.Instant
+	3, // 3: lamina.metadata.v1.Record.blobs:type_name -> lamina.metadata.v1.Blob
+	4, // 4: lamina.metadata.v1.Record.values:type_name -> lamina.metadata.v1.Value
+	2, // 5: lamina.metadata.v1.Blob.annotations:type_name -> lamina.metadata.v1.Pair
+	1, // 6: lamina.metadata.v1.Meta.created:type_name -> lamina.metadata.v1.Instant
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_metadata_internal_recordpb_record_proto_init() }
@@ -931,7 +807,7 @@ func file_metadata_internal_recordpb_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_metadata_internal_recordpb_record_proto_rawDesc), len(file_metadata_internal_recordpb_record_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
