@@ -352,7 +352,10 @@ func (l *leader) runFunctions(tx *Tx) (again, write bool) {
 }
 
 // more takes in who came while the functions ran, so that a burst of calls is
-// one transaction, and not the first of them and then all others.
+// one transaction, and not the first of them and then all others. It does not
+// ask the scheduler to let others come: where something else keeps all
+// processors busy, the leader got its turn again after 20 to 60 ms, measured
+// with an update that took 0.7 ms.
 func (l *leader) more() bool {
 	if l.full || len(l.batch) >= maxGroup {
 		return false

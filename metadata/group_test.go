@@ -116,6 +116,47 @@ func TestWaitingUpdatesShareATransaction(t *testing.T) {
 	}
 }
 
+// Who comes while the functions of a transaction run is in it, too, also if
+// one of them fails and the others have to run again.
+func TestLateUpdatesShareTheTransaction(t *testing.T) {
+	s := fresh(t)
+	create(t, s, rec("p"))
+	before := s.Stats()
+	boom := errors.New("boom")
+	late := []func(*metadata.Tx) error{
+		creates("late")[0],
+		func(tx *metadata.Tx) error { return errors.Join(tx.Create(rec("bad")), boom) },
+		creates("later")[0],
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	var waiting, cancelled []<-chan error
+	runs := 0
+	update(t, s, func(tx *metadata.Tx) error {
+		if runs++; runs == 1 {
+			waiting = queue(t.Context(), t, s, late...)
+			cancelled = queue(ctx, t, s, creates("cancelled")...)
+			cancel(boom)
+		}
+		return tx.Create(rec("first"))
+	})
+	require.Equal(t, 2, runs, "once more without the one that failed")
+	require.NoError(t, <-waiting[0])
+	require.ErrorIs(t, <-waiting[1], boom)
+	require.NoError(t, <-waiting[2])
+	require.ErrorIs(t, <-cancelled[0], boom)
+	require.EqualValues(t, before.Transactions+1, s.Stats().Transactions)
+	require.EqualValues(t, before.Updates+3, s.Stats().Updates)
+	for _, id := range []metadata.ID{"first", "late", "later"} {
+		require.EqualValues(t, 1, get(t, s, id).Revision)
+	}
+	view(t, s, func(tx *metadata.Tx) {
+		for _, id := range []metadata.ID{"bad", "cancelled"} {
+			_, err := tx.Get(id)
+			require.ErrorIs(t, err, errdefs.ErrNotFound)
+		}
+	})
+}
+
 func TestOneFailsAlone(t *testing.T) {
 	s, g := gated(t)
 	first := g.begin(t, s, creates("first")[0])
