@@ -15,11 +15,12 @@ import (
 	"github.com/lamina-build/lamina/metadata/internal/recordpb"
 )
 
-// FuzzDecodeRecord: no bytes make it panic, the generated messages read the same
-// of them, and what it takes it writes again to the same effect.
+// FuzzDecodeRecord: no bytes make it panic, the generated messages and a search
+// read the same of them, and what it takes it writes again to the same effect.
 func FuzzDecodeRecord(f *testing.F) {
 	for _, r := range []*Record{
 		{ID: "a", State: Committed, Op: Base},
+		{ID: "new", row: "a", State: Committed, ChainID: "c", Values: []Value{{Index: "k"}, {Index: "l"}, {Name: "m"}}},
 		{ID: "a", Labels: map[string]string{"a": "b"}, Values: []Value{{Name: "x", Data: []byte{1}}}, Blobs: []Blob{{Digest: "d"}}},
 	} {
 		b, err := encodeRecord(r)
@@ -44,6 +45,11 @@ func FuzzDecodeRecord(f *testing.F) {
 		b2, err := encodeRecord(again)
 		require.NoError(t, err)
 		require.Equal(t, b, b2)
+		for _, key := range append(indexKeys(again), "", "no key of it") {
+			id, ok := declares("a", b, key)
+			require.Equal(t, slices.Contains(indexKeys(again), key), ok, "index key %q", key)
+			require.Equal(t, again.ID, id)
+		}
 	})
 }
 
