@@ -282,7 +282,8 @@ func (c *cursor) look(key []byte) error {
 	if err != nil || !ok {
 		return err
 	}
-	at := treeCursor{t: c.tx.tree, root: b}
+	at := c.tx.tree.walk(b)
+	defer at.end()
 	ok, err = at.seek(key)
 	if ok && bytes.Equal(at.key(), key) {
 		_, err = at.next()

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -83,7 +82,7 @@ func upperInUse(mounts []mount.Mount) (bool, error) {
 		if m.Type != "overlay" || upper == "" {
 			continue
 		}
-		if ok, err := exists(filepath.Join(work, "work")); err != nil || !ok {
+		if ok, err := exists(below(work, "work")); err != nil || !ok {
 			return false, err
 		}
 		return overlayfs.InUse(upper)

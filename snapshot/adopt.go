@@ -163,11 +163,11 @@ func (t *tree) linkData(path, dir string, writable bool) error {
 	}
 	data := "../../" + dirAdopted + "/" + dir
 	if t.info.Name == Native {
-		return os.Symlink(data, filepath.Join(path, "fs"))
+		return os.Symlink(data, below(path, "fs"))
 	}
-	err := os.Symlink(data+"/fs", filepath.Join(path, "fs"))
+	err := os.Symlink(data+"/fs", below(path, "fs"))
 	if err == nil && writable {
-		err = os.Symlink(data+"/work", filepath.Join(path, "work"))
+		err = os.Symlink(data+"/work", below(path, "work"))
 	}
 	return err
 }
@@ -183,7 +183,7 @@ func (t *tree) adoptTrash(dir string) error {
 		return fmt.Errorf("discard snapshots/%s: %w", dir, err)
 	}
 	now := t.clock().UnixNano()
-	return createState(filepath.Join(path, "info"), state{Created: now, Updated: now})
+	return createState(below(path, "info"), state{Created: now, Updated: now})
 }
 
 // Disown removes what was made for adopted snapshots below root, and nothing
@@ -229,7 +229,7 @@ func ignoreNotExist(err error) error {
 // disown removes an entry that is, or was about to become, adopted: its fs is
 // a link, or it has none yet.
 func (t *tree) disown(path string) error {
-	info, err := os.Lstat(filepath.Join(path, "fs"))
+	info, err := os.Lstat(below(path, "fs"))
 	if err == nil && info.Mode()&fs.ModeSymlink == 0 {
 		return nil
 	}
@@ -262,7 +262,7 @@ func AdoptedDirs(root string) (func(key string, kind snapshots.Kind) (string, er
 		if kind == snapshots.KindActive {
 			e.dir = dirActive
 		}
-		data, err := t.adopted(filepath.Join(t.at(e), "fs"))
+		data, err := t.adopted(below(t.at(e), "fs"))
 		if err == nil && data == "" {
 			var a adoption
 			var ok bool

@@ -110,7 +110,7 @@ func (t *tree) makeAdopted(a adoption) (err error) {
 			return err
 		}
 	}
-	if err := t.backend.examine(filepath.Join(path, "fs"), &s); err != nil {
+	if err := t.backend.examine(below(path, "fs"), &s); err != nil {
 		return err
 	}
 	if err := t.bind(&s); err != nil {
@@ -119,7 +119,7 @@ func (t *tree) makeAdopted(a adoption) (err error) {
 	if err := t.step("adopt.info"); err != nil {
 		return err
 	}
-	if err := createState(filepath.Join(path, "info"), s); err != nil {
+	if err := createState(below(path, "info"), s); err != nil {
 		return err
 	}
 	return t.rename("adopt.rename", making, a.entry())

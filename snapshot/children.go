@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
 
 	"github.com/containerd/errdefs"
@@ -43,10 +42,10 @@ func (t *tree) join(parent, path string, k int) error {
 	if err := t.step("join.link"); err != nil {
 		return err
 	}
-	child := filepath.Join(path, linkName(k))
+	child := below(path, linkName(k))
 	dir := t.path(dirCommitted, encodeKey(parent))
 	for n, made := 0, false; ; {
-		id := filepath.Join(dir, idName(n))
+		id := below(dir, idName(n))
 		err := unix.Link(id, child)
 		switch {
 		case err == nil:
@@ -100,7 +99,7 @@ func (t *tree) joined(parent, id, child string) error {
 func (t *tree) leave(step, path string) error {
 	n := 0
 	for {
-		if ok, err := exists(filepath.Join(path, linkName(n))); err != nil {
+		if ok, err := exists(below(path, linkName(n))); err != nil {
 			return err
 		} else if !ok {
 			break
@@ -111,7 +110,7 @@ func (t *tree) leave(step, path string) error {
 		if err := t.step(step); err != nil {
 			return err
 		}
-		if err := os.Remove(filepath.Join(path, linkName(n))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.Remove(below(path, linkName(n))); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
@@ -121,7 +120,7 @@ func (t *tree) leave(step, path string) error {
 // children counts the entries that are children of the one at path.
 func children(path string) (n uint64, err error) {
 	for k := 0; ; k++ {
-		id := filepath.Join(path, idName(k))
+		id := below(path, idName(k))
 		var st unix.Stat_t
 		switch err := unix.Lstat(id, &st); {
 		case errors.Is(err, unix.ENOENT):

@@ -39,8 +39,8 @@ func (o *overlay) clean(ctx context.Context, key string) (snapshots.Usage, error
 	if s.Bound != "" {
 		return snapshots.Usage{}, &LayerError{Name: key, Reason: string(s.Bound), Bound: true}
 	}
-	upper := filepath.Join(o.at(e), "fs")
-	if busy, err := o.mounted(upper, filepath.Join(o.at(e), "work")); err != nil {
+	upper := below(o.at(e), "fs")
+	if busy, err := o.mounted(upper, below(o.at(e), "work")); err != nil {
 		return snapshots.Usage{}, err
 	} else if busy {
 		return snapshots.Usage{}, fmt.Errorf("it is the writable layer of a mount: %w", errdefs.ErrFailedPrecondition)
@@ -58,7 +58,7 @@ func (o *overlay) clean(ctx context.Context, key string) (snapshots.Usage, error
 // mounted asks whether a mount has upper as its writable layer. One whose work
 // directory is empty was never mounted.
 func (o *overlay) mounted(upper, work string) (bool, error) {
-	if ok, err := exists(filepath.Join(work, "work")); err != nil || !ok {
+	if ok, err := exists(below(work, "work")); err != nil || !ok {
 		return false, err
 	}
 	return overlayfs.InUse(upper)
@@ -102,7 +102,7 @@ func (o *overlay) cleanCopy(ctx context.Context, name, layer string, opts []snap
 	}
 	s := state{Clean: true, Opaque: l.opaque}
 	err = o.found(ctx, name, s, opts, func(path string) (snapshots.Usage, error) {
-		upper := filepath.Join(path, "fs")
+		upper := below(path, "fs")
 		names, err := linkTree(ctx, upper, o.path(dirCommitted, encodeKey(layer), "fs"))
 		if err != nil {
 			return snapshots.Usage{}, err

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -56,7 +55,7 @@ func (t *tree) commit(ctx context.Context, name, key string, opts []snapshots.Op
 	// Later it would be another size where files become links of others'.
 	later := exact && t.info.Name != Native
 	if !cleaned && !later {
-		if used, err = measure(ctx, filepath.Join(t.at(e), "fs")); err != nil {
+		if used, err = measure(ctx, below(t.at(e), "fs")); err != nil {
 			return asNotFound(err)
 		}
 	}
@@ -124,7 +123,7 @@ func (t *tree) seal(name string, e entry, s state, base snapshots.Info, rebase s
 	if err := t.step("commit.info"); err != nil {
 		return err
 	}
-	if err := appendState(filepath.Join(path, "info"), s); err != nil {
+	if err := appendState(below(path, "info"), s); err != nil {
 		return err
 	}
 	if err := t.rename("commit.rename", e, to); err != nil {

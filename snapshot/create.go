@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -132,7 +131,7 @@ func (t *tree) make(ctx context.Context, making entry, s state) error {
 	if err := t.step("make.info"); err != nil {
 		return err
 	}
-	return createState(filepath.Join(path, "info"), s)
+	return createState(below(path, "info"), s)
 }
 
 // publish gives a made entry its name.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -28,7 +27,7 @@ func (o *overlay) diff(ctx context.Context, name, lower, upper string, opts []sn
 		}
 	}
 	return o.found(ctx, name, state{Clean: true}, opts, func(path string) (used snapshots.Usage, err error) {
-		to := filepath.Join(path, "fs")
+		to := below(path, "fs")
 		if err := os.Mkdir(to, 0o700); err != nil {
 			return used, err
 		}

@@ -66,7 +66,7 @@ func (t *tree) layerLink(name string) (string, error) {
 		return l.link, nil
 	}
 	e := entry{dirCommitted, encodeKey(name)}
-	link, err := t.shortLink(filepath.Join(t.at(e), "fs"), e, "fs")
+	link, err := t.shortLink(below(t.at(e), "fs"), e, "fs")
 	if err != nil {
 		return "", fmt.Errorf("layer %q: %w", name, err)
 	}
@@ -84,12 +84,12 @@ func (t *tree) layerLink(name string) (string, error) {
 func (t *tree) dropLinks(at string) error {
 	for _, elem := range []string{"fs", "work"} {
 		var st unix.Stat_t
-		err := unix.Stat(filepath.Join(at, elem), &st)
+		err := unix.Stat(below(at, elem), &st)
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
 			continue
 		}
 		if err != nil {
-			return &os.PathError{Op: "stat", Path: filepath.Join(at, elem), Err: err}
+			return &os.PathError{Op: "stat", Path: below(at, elem), Err: err}
 		}
 		if err := t.dropLink(&st); err != nil {
 			return err

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -67,7 +66,7 @@ func (t *tree) update(info snapshots.Info, fieldpaths []string) (snapshots.Info,
 	if err := t.step("update.info"); err != nil {
 		return snapshots.Info{}, err
 	}
-	if err := appendState(filepath.Join(t.at(e), "info"), s); err != nil {
+	if err := appendState(below(t.at(e), "info"), s); err != nil {
 		return snapshots.Info{}, err
 	}
 	return s.info(info.Name, e.kind(s)), nil
@@ -89,7 +88,7 @@ func (t *tree) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	case s.Usage != nil:
 		return snapshots.Usage{Inodes: s.Usage.Inodes, Size: s.Usage.Size}, nil
 	}
-	used, err := measure(ctx, filepath.Join(t.at(e), "fs"))
+	used, err := measure(ctx, below(t.at(e), "fs"))
 	if err != nil {
 		return snapshots.Usage{}, fmt.Errorf("usage of %q: %w", key, asNotFound(err))
 	}

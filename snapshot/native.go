@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -29,7 +28,7 @@ func (n *native) rebase() error {
 }
 
 func (n *native) fill(ctx context.Context, path, from string, view bool) error {
-	dir := filepath.Join(path, "fs")
+	dir := below(path, "fs")
 	switch {
 	case view && from != "":
 		return nil // shows the parent's
@@ -46,7 +45,7 @@ func (n *native) whole(e entry, s state) (string, bool) {
 	if s.View && s.Parent != "" {
 		e = entry{dirCommitted, encodeKey(string(s.Parent))}
 	}
-	return filepath.Join(n.at(e), "fs"), true
+	return below(n.at(e), "fs"), true
 }
 
 func (n *native) mounts(e entry, s state, _ string) ([]mount.Mount, error) {

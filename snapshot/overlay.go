@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -57,7 +56,7 @@ func (o *overlay) examine(path string, s *state) (err error) {
 // describe looks for an opaque root, which an applied layer may have. The
 // kernel does not know such a thing.
 func (o *overlay) describe(path string, s *state) error {
-	root, err := openPlace(unix.AT_FDCWD, filepath.Join(path, "fs"), unix.O_DIRECTORY)
+	root, err := openPlace(unix.AT_FDCWD, below(path, "fs"), unix.O_DIRECTORY)
 	if err != nil {
 		return err
 	}
@@ -71,7 +70,7 @@ func (o *overlay) fill(_ context.Context, path, from string, view bool) error {
 	if view && from != "" {
 		return nil // the parent's layers are all of it
 	}
-	upper := filepath.Join(path, "fs")
+	upper := below(path, "fs")
 	if err := os.Mkdir(upper, 0o700); err != nil {
 		return err
 	}
@@ -81,7 +80,7 @@ func (o *overlay) fill(_ context.Context, path, from string, view bool) error {
 	if view {
 		return nil
 	}
-	return os.Mkdir(filepath.Join(path, "work"), 0o700)
+	return os.Mkdir(below(path, "work"), 0o700)
 }
 
 // likeRoot gives a new layer's root what the parent's root shows, as the
@@ -136,7 +135,7 @@ func (o *overlay) mount(e entry, s state, target string, readOnly bool) error {
 	if err != nil {
 		return err
 	}
-	own := filepath.Join(o.at(e), "fs")
+	own := below(o.at(e), "fs")
 	lower := o.layers(chain)
 	if readOnly && hasOwn {
 		lower = append([]string{own}, lower...)
@@ -151,7 +150,7 @@ func (o *overlay) mount(e entry, s state, target string, readOnly bool) error {
 		ReadOnly:  readOnly,
 	}
 	if !readOnly {
-		m.Upper, m.Work, m.Volatile = own, filepath.Join(o.at(e), "work"), o.volatile
+		m.Upper, m.Work, m.Volatile = own, below(o.at(e), "work"), o.volatile
 		if err := o.clear(m.Upper, m.Work); err != nil {
 			return err
 		}
@@ -163,7 +162,7 @@ func (o *overlay) mount(e entry, s state, target string, readOnly bool) error {
 // first: with index=off the kernel would let a second mount have the upper
 // directory. A work directory in which there is nothing was never mounted.
 func (o *overlay) clear(upper, work string) error {
-	if ok, err := exists(filepath.Join(work, "work")); err != nil || !ok {
+	if ok, err := exists(below(work, "work")); err != nil || !ok {
 		return err
 	}
 	busy, err := overlayfs.InUse(upper)
@@ -177,7 +176,7 @@ func (o *overlay) clear(upper, work string) error {
 }
 
 func (o *overlay) mounts(e entry, s state, at string) ([]mount.Mount, error) {
-	own := filepath.Join(o.at(e), "fs")
+	own := below(o.at(e), "fs")
 	if s.Parent == "" {
 		return bindMount(own, s.View), nil
 	}
@@ -185,9 +184,9 @@ func (o *overlay) mounts(e entry, s state, at string) ([]mount.Mount, error) {
 	if err != nil {
 		return nil, err
 	}
-	work := filepath.Join(o.at(e), "work")
+	work := below(o.at(e), "work")
 	if !s.View && at == o.at(e) { // what is being made has none
-		if err := o.clearMarked(filepath.Join(at, "fs"), filepath.Join(at, "work")); err != nil {
+		if err := o.clearMarked(below(at, "fs"), below(at, "work")); err != nil {
 			return nil, err
 		}
 	}
@@ -204,7 +203,7 @@ func (o *overlay) mounts(e entry, s state, at string) ([]mount.Mount, error) {
 
 // clearMarked is clear for a mount by others, who do not mount volatile.
 func (o *overlay) clearMarked(upper, work string) error {
-	ok, err := exists(filepath.Join(work, "work", "incompat", "volatile"))
+	ok, err := exists(below(work, "work", "incompat", "volatile"))
 	if err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
@@ -229,10 +228,10 @@ func (o *overlay) short(chain []string, e entry, at string, view bool) (lower []
 	if empty, err = o.shortLink(o.path(dirEmpty), entry{dirEmpty, ""}, ""); err != nil || view {
 		return lower, empty, "", "", err
 	}
-	if own, err = o.shortLink(filepath.Join(at, "fs"), e, "fs"); err != nil {
+	if own, err = o.shortLink(below(at, "fs"), e, "fs"); err != nil {
 		return nil, "", "", "", err
 	}
-	work, err = o.shortLink(filepath.Join(at, "work"), e, "work")
+	work, err = o.shortLink(below(at, "work"), e, "work")
 	return lower, empty, own, work, err
 }
 
@@ -283,7 +282,7 @@ func (o *overlay) inUse(e entry, s state) (bool, error) {
 	if s.View || s.stack() {
 		return false, nil
 	}
-	return overlayfs.InUse(filepath.Join(o.at(e), "fs"))
+	return overlayfs.InUse(below(o.at(e), "fs"))
 }
 
 // tidy removes the work directory. A mount that is still there needs it:
@@ -291,7 +290,7 @@ func (o *overlay) inUse(e entry, s state) (bool, error) {
 // mounted is empty; for the others the probe decides, which takes longer
 // than the commit and so waits for a patient caller.
 func (o *overlay) tidy(path string, patient bool) (again bool, err error) {
-	work := filepath.Join(path, "work")
+	work := below(path, "work")
 	var st unix.Stat_t
 	if err := unix.Lstat(work, &st); errors.Is(err, unix.ENOENT) {
 		return false, nil
@@ -310,7 +309,7 @@ func (o *overlay) tidy(path string, patient bool) (again bool, err error) {
 	if !patient {
 		return true, nil
 	}
-	busy, err := overlayfs.InUse(filepath.Join(path, "fs"))
+	busy, err := overlayfs.InUse(below(path, "fs"))
 	if errdefs.IsNotFound(err) {
 		return false, nil
 	}

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -134,7 +133,7 @@ func (t *tree) discard(e entry) error {
 	} else if err != nil {
 		return err
 	}
-	adopted, err := t.adopted(filepath.Join(at, "fs"))
+	adopted, err := t.adopted(below(at, "fs"))
 	if err != nil {
 		return err
 	}
@@ -143,7 +142,7 @@ func (t *tree) discard(e entry) error {
 		r = new(remover)
 	}
 	defer t.removers.Put(r)
-	for _, dir := range []string{adopted, filepath.Join(at, "fs"), filepath.Join(at, "work")} {
+	for _, dir := range []string{adopted, below(at, "fs"), below(at, "work")} {
 		if dir == "" {
 			continue
 		}
@@ -193,7 +192,7 @@ func (t *tree) restore(e, from entry) error {
 	if dir, going, ok := splitMoved(e.name); ok && going != e.name {
 		return t.restoreMoved(e, from, dir)
 	}
-	s, err := readState(filepath.Join(at, "info"), from.dir == dirCommitted)
+	s, err := readState(below(at, "info"), from.dir == dirCommitted)
 	if err != nil {
 		return asNotFound(err)
 	}
@@ -212,7 +211,7 @@ func (t *tree) restore(e, from entry) error {
 		return err
 	}
 	for k, parent := range parents {
-		if has, err := exists(filepath.Join(at, linkName(k))); err != nil {
+		if has, err := exists(below(at, linkName(k))); err != nil {
 			return err
 		} else if has {
 			continue

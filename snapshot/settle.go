@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -50,9 +49,9 @@ func (t *tree) settleNew(ctx context.Context) error {
 		}
 		if strings.HasPrefix(name, trialPrefix) {
 			// A trial that was killed may have left its mount.
-			if err := unix.Unmount(filepath.Join(at, "m"), unix.MNT_DETACH); err != nil &&
+			if err := unix.Unmount(below(at, "m"), unix.MNT_DETACH); err != nil &&
 				!errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EPERM) {
-				return &os.PathError{Op: "unmount", Path: filepath.Join(at, "m"), Err: err}
+				return &os.PathError{Op: "unmount", Path: below(at, "m"), Err: err}
 			}
 		}
 		if err := removeTree(at); err != nil {
@@ -93,7 +92,7 @@ func (t *tree) settleTrash(ctx context.Context) error {
 				parents = append(parents, e)
 				continue
 			}
-			has, err := exists(filepath.Join(t.at(e), "parent"))
+			has, err := exists(below(t.at(e), "parent"))
 			if err != nil {
 				return err
 			}
@@ -131,7 +130,7 @@ func (t *tree) settleActive(ctx context.Context) error {
 			return err
 		}
 		e := entry{dirActive, name}
-		has, err := exists(filepath.Join(t.at(e), "parent"))
+		has, err := exists(below(t.at(e), "parent"))
 		if err != nil {
 			return err
 		}
@@ -256,6 +255,6 @@ func (t *tree) keyOf(e entry, sealed bool) (string, bool) {
 	if !hashed(name) {
 		return "", false
 	}
-	s, err := readState(filepath.Join(t.at(e), "info"), sealed)
+	s, err := readState(below(t.at(e), "info"), sealed)
 	return string(s.Key), err == nil && encodeKey(string(s.Key)) == name
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -200,7 +199,7 @@ func (o *overlay) stack(ctx context.Context, name string, layers []string, opts 
 		if len(list) > 0 {
 			return snapshots.Usage{}, nil
 		}
-		upper := filepath.Join(path, "fs")
+		upper := below(path, "fs")
 		if err := os.Mkdir(upper, 0o700); err != nil {
 			return snapshots.Usage{}, err
 		}
@@ -302,7 +301,7 @@ func (o *overlay) found(ctx context.Context, name string, s state, opts []snapsh
 	if err := o.step("found.info"); err != nil {
 		return err
 	}
-	if err := createState(filepath.Join(o.at(making), "info"), s); err != nil {
+	if err := createState(below(o.at(making), "info"), s); err != nil {
 		return err
 	}
 	if err := errors.Join(context.Cause(ctx), o.publish(name, making, e)); err != nil {
@@ -349,7 +348,7 @@ func (o *overlay) listLayers(key string, e entry, s state) (list []Layer, err er
 
 func (o *overlay) layer(name string, e entry, l layer) Layer {
 	return Layer{
-		Name: name, Dir: filepath.Join(o.at(e), "fs"), Attributes: o.info.Attributes,
+		Name: name, Dir: below(o.at(e), "fs"), Attributes: o.info.Attributes,
 		Clean: l.clean && l.bound == "", Bound: l.bound, Opaque: l.opaque,
 	}
 }
