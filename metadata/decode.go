@@ -113,7 +113,8 @@ func fields(b []byte, known func(field) (bool, error)) (unknown []byte, err erro
 			return nil, err
 		}
 		if !ok {
-			unknown = append(unknown, b[:tag+n]...)
+			// A tag may have been written longer than it need be.
+			unknown = append(protowire.AppendTag(unknown, f.number, f.kind), b[tag:tag+n]...)
 		}
 		b = b[tag+n:]
 	}
