@@ -311,3 +311,26 @@ func TestStateOnlyForWhoAsksForRecords(t *testing.T) {
 	c.Openers[0].Open = func(context.Context, string) (bench.Subject, error) { return nil, errors.New("opened") }
 	require.NoError(t, bench.Run(t.Context(), c, func(bench.Result) error { return nil }))
 }
+
+// TestInterruptedBenchLeavesNothing: neither in the directory of the states nor
+// in memory, where they are built.
+func TestInterruptedBenchLeavesNothing(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	opener := ours.Opener()
+	open, built := opener.Open, ""
+	opener.Open = func(ctx context.Context, dir string) (bench.Subject, error) {
+		s, err := open(ctx, dir)
+		if built == "" {
+			built = dir
+			cancel() // while it is filled
+		}
+		return s, err
+	}
+	c := bench.Config{Openers: []bench.Opener{opener}, Dir: t.TempDir(), Sizes: []int{100}, Rounds: 1, Only: []string{"release"}}
+	require.ErrorIs(t, bench.Run(ctx, c, func(bench.Result) error { return nil }), context.Canceled)
+	require.NotEmpty(t, built)
+	require.NoDirExists(t, built)
+	left, err := os.ReadDir(c.Dir)
+	require.NoError(t, err)
+	require.Empty(t, left)
+}

@@ -58,7 +58,7 @@ func Command(openers ...Opener) int {
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "hack/bench: syncs are not counted:", err)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	return Main(ctx, os.Args[1:], Environment{
 		Stdout:   os.Stdout,

@@ -56,21 +56,22 @@ func newWorld(ctx context.Context, o Opener, dir string, n int) (_ *world, err e
 	if err := os.Mkdir(w.dir, 0o700); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(fmt.Errorf("%s with %d records: %w", o.Name, n, err), w.close(ctx))
-		}
-	}()
 	final := w.dir
 	if o.Portable {
 		// Thousands of synced transactions on a disk would take minutes.
-		memory, err := os.MkdirTemp(memoryDir(), "lamina-bench-")
-		if err != nil {
-			return nil, err
+		memory, merr := os.MkdirTemp(memoryDir(), "lamina-bench-")
+		if merr != nil {
+			return nil, merr
 		}
 		defer func() { err = errors.Join(err, removeAll(memory)) }()
 		w.dir = memory
 	}
+	// Before what it lies in is removed.
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("%s with %d records: %w", o.Name, n, err), w.close(context.WithoutCancel(ctx)))
+		}
+	}()
 	if w.subject, err = o.Open(ctx, w.dir); err != nil {
 		return nil, err
 	}
