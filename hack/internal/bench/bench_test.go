@@ -313,18 +313,15 @@ func TestStateOnlyForWhoAsksForRecords(t *testing.T) {
 }
 
 // TestInterruptedBenchLeavesNothing: neither in the directory of the states nor
-// in memory, where they are built.
+// in memory, where they are built, and where snapshots were mounted by then.
 func TestInterruptedBenchLeavesNothing(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	opener := ours.Opener()
 	open, built := opener.Open, ""
 	opener.Open = func(ctx context.Context, dir string) (bench.Subject, error) {
 		s, err := open(ctx, dir)
-		if built == "" {
-			built = dir
-			cancel() // while it is filled
-		}
-		return s, err
+		built = dir
+		return &interrupted{Subject: s, after: 5, cancel: cancel}, err
 	}
 	c := bench.Config{Openers: []bench.Opener{opener}, Dir: t.TempDir(), Sizes: []int{100}, Rounds: 1, Only: []string{"release"}}
 	require.ErrorIs(t, bench.Run(ctx, c, func(bench.Result) error { return nil }), context.Canceled)
@@ -333,4 +330,18 @@ func TestInterruptedBenchLeavesNothing(t *testing.T) {
 	left, err := os.ReadDir(c.Dir)
 	require.NoError(t, err)
 	require.Empty(t, left)
+}
+
+// interrupted cancels when some snapshots were made.
+type interrupted struct {
+	bench.Subject
+	after  int
+	cancel context.CancelFunc
+}
+
+func (i *interrupted) New(ctx context.Context, parent bench.Immutable, values ...bench.Value) (bench.Mutable, error) {
+	if i.after--; i.after == 0 {
+		i.cancel()
+	}
+	return i.Subject.New(ctx, parent, values...)
 }
