@@ -113,7 +113,7 @@ func (r *MutableRef) commit(ctx context.Context, o CommitOptions) (*ImmutableRef
 	}
 	m.recordedLocked(e)
 	m.dropHandleLocked(r.h)
-	return &ImmutableRef{h: m.handleLocked(e, HolderImmutable)}, nil
+	return &ImmutableRef{h: m.handleLocked(e, HolderImmutable, callerOf(1))}, nil
 }
 
 // takeValues moves values from the parent of the record that is edited, and

@@ -169,10 +169,10 @@ func (m *Manager) unuse(e *entry) {
 	m.unuseLocked(e)
 }
 
-// handleLocked adds a handle to e.
-func (m *Manager) handleLocked(e *entry, kind HolderKind) *handle {
+// handleLocked adds a handle to e, which from asked for.
+func (m *Manager) handleLocked(e *entry, kind HolderKind, from caller) *handle {
 	m.assertLocked()
-	h := &handle{m: m, e: e, id: e.id, kind: kind, since: m.now(), caller: callerOf(2)}
+	h := &handle{m: m, e: e, id: e.id, kind: kind, since: m.now(), caller: from}
 	e.handles[h] = struct{}{}
 	e.lives++
 	return h

@@ -39,8 +39,8 @@ func (m *Manager) Get(ctx context.Context, id ID, o GetOptions) (*ImmutableRef, 
 			}
 			return fmt.Errorf("it is mutable, commit it first: %w", errdefs.ErrFailedPrecondition)
 		}
-		h = m.handleLocked(e, HolderImmutable)
-		h.noTouch, h.caller = o.NoUpdate, from
+		h = m.handleLocked(e, HolderImmutable, from)
+		h.noTouch = o.NoUpdate
 		return nil
 	})
 	if err != nil {

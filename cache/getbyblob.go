@@ -247,26 +247,24 @@ func (l *layerSought) make(ctx context.Context) (_ *ImmutableRef, err error) {
 		return nil, err
 	}
 	l.edit.rec.ID = m.store.NewID()
-	_, done := m.announce(l.edit.rec.ID)
+	e, done := m.announce(l.edit.rec.ID)
 	defer done()
 	l.edit.rec.Blobs = []Blob{blob}
 	err = m.store.Update(ctx, func(tx *metadata.Tx) error {
 		found, err := l.find(tx)
-		if err != nil || found != nil {
-			made = found
+		if made = found; err != nil || found != nil {
 			return err
 		}
-		rec := l.edit.rec.Clone()
-		rec.ChainID = l.chain
-		if err := tx.Create(rec); err != nil {
-			return err
-		}
-		made = rec
-		return nil
+		made = l.edit.rec.Clone()
+		made.ChainID = l.chain
+		return tx.Create(made)
 	})
 	if err != nil {
 		made = nil
 		return nil, err
+	}
+	if made.ID == e.id {
+		m.created(e, made)
 	}
 	return m.Get(ctx, made.ID, GetOptions{NoUpdate: true})
 }
@@ -276,6 +274,9 @@ func (l *layerSought) make(ctx context.Context) (_ *ImmutableRef, err error) {
 func (l *layerSought) addBlob(ctx context.Context, ref *ImmutableRef) (err error) {
 	m, d := l.m, l.desc.Digest
 	rec := ref.Record()
+	if rec.ID == l.edit.rec.ID {
+		return nil // it was made with it
+	}
 	at := slices.IndexFunc(rec.Blobs, func(b Blob) bool { return b.Digest == d })
 	if at >= 0 && rec.Blobs[at].Stored && (l.claimed || !rec.Blobs[at].Claimed) {
 		return nil

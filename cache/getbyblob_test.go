@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	digest "github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -52,6 +54,41 @@ func TestLayerIsALazyRecordFoundByItsChainID(t *testing.T) {
 		_, err = os.Lstat(filepath.Join(w.root, "content"))
 		require.ErrorIs(w, err, os.ErrNotExist, "nothing was stored")
 	})
+}
+
+// What the first handle shows was not read back, and is what the store has.
+func TestANewLayersRecordIsWhatWasWritten(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	base := pack(t, layer.Gzip, layerTar(t, file{name: "a", text: "1"}))
+	top := pack(t, layer.Gzip, layerTar(t, file{name: "b", text: "2"}))
+	lower := w.byBlob(base, nil, nil)
+	upper := w.byBlob(top, lower, nil)
+	merge, err := w.Merge(w.ctx, []*cache.ImmutableRef{lower, upper}, cache.MergeOptions{Labels: map[string]string{"k": "v"}})
+	require.NoError(t, err)
+	diff, err := w.Diff(w.ctx, lower, upper, cache.MergeOptions{})
+	require.NoError(t, err)
+	same := cmp.Options{
+		cmpopts.EquateEmpty(),
+		cmpopts.IgnoreUnexported(cache.Record{}, cache.Blob{}, cache.Value{}),
+	}
+	for _, ref := range []*cache.ImmutableRef{lower, upper, merge, diff} {
+		stored, err := w.Lookup(w.ctx, ref.ID())
+		require.NoError(t, err)
+		require.Empty(t, cmp.Diff(stored, ref.Record(), same))
+	}
+	w.release(lower, upper, merge, diff)
+}
+
+// An intent says that somebody is about to put its blob there.
+func TestALayerWithoutItsBlobLeavesItsIntent(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	b := pack(t, layer.Gzip, layerTar(t, file{name: "a", text: "1"}))
+	intent := filepath.Join(w.root, "blobs", string(b.desc.Digest))
+	require.NoError(t, os.MkdirAll(filepath.Dir(intent), 0o700))
+	require.NoError(t, os.WriteFile(intent, nil, 0o600))
+	w.release(w.byBlob(b, nil, nil))
+	require.FileExists(t, intent)
+	require.NoError(t, os.Remove(intent))
 }
 
 func TestVariantsOfALayerAreOneRecord(t *testing.T) {

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -114,13 +115,19 @@ func (i *ingest) publish(ctx context.Context, want digest.Digest) (_ *published,
 // adopt is publish for a blob that is in the store already, NotFound if it is
 // not.
 func (b *blobStore) adopt(ctx context.Context, d digest.Digest) (_ *published, err error) {
+	missing := func() error { return fmt.Errorf("blob %s: %w", d, errdefs.ErrNotFound) }
+	// Most are asked for before anybody has fetched them: nothing is settled
+	// for those.
+	if _, there, err := b.size(ctx, d); err != nil || !there {
+		return nil, cmp.Or(err, missing())
+	}
 	if err := b.pin(ctx, d); err != nil {
 		return nil, err
 	}
 	p := &published{b: b, digest: d}
 	size, there, err := b.size(ctx, d)
 	if err == nil && !there {
-		err = fmt.Errorf("blob %s: %w", d, errdefs.ErrNotFound)
+		err = missing()
 	}
 	if err == nil {
 		err = b.claim(ctx, d)

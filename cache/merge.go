@@ -203,7 +203,7 @@ func (c *combination) find(tx *metadata.Tx) (*Record, error) {
 
 // make writes the record, unless somebody was faster.
 func (c *combination) make(ctx context.Context, draft *Record) (*ImmutableRef, error) {
-	_, done := c.m.announce(draft.ID)
+	e, done := c.m.announce(draft.ID)
 	defer done()
 	var made *Record
 	err := c.m.store.Update(ctx, func(tx *metadata.Tx) error {
@@ -222,6 +222,9 @@ func (c *combination) make(ctx context.Context, draft *Record) (*ImmutableRef, e
 	}
 	if err != nil {
 		return nil, err
+	}
+	if made.ID == e.id {
+		c.m.created(e, made)
 	}
 	return c.m.Get(ctx, made.ID, GetOptions{})
 }

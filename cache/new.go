@@ -135,7 +135,7 @@ func (m *Manager) New(ctx context.Context, parent *ImmutableRef, o NewOptions) (
 		e.parents = append(e.parents, pe)
 	}
 	m.written[rec.Key] = struct{}{}
-	h := m.handleLocked(e, HolderMutable)
+	h := m.handleLocked(e, HolderMutable, callerOf(1))
 	h.noTouch = true // to be made is no use
 	m.collector.poke()
 	return &MutableRef{h: h}, nil
@@ -165,6 +165,17 @@ func (m *Manager) requireDepth(ctx context.Context, e *entry) error {
 		return fmt.Errorf("parent %s has %d layers, as many as one mount can stack: %w", short(e.id), depth, errdefs.ErrFailedPrecondition)
 	}
 	return nil
+}
+
+// created publishes a record that was just written for the first time, so that
+// its first handle does not read it back. e is that of announce, and nobody
+// writes to rec any more.
+func (m *Manager) created(e *entry, rec *Record) {
+	rec.Revision = 1
+	m.lock()
+	defer m.unlock()
+	e.recorded = true
+	m.publishLocked(e, rec)
 }
 
 // create writes the first transaction of a record that was edited in memory.

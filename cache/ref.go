@@ -54,7 +54,7 @@ func (r *ImmutableRef) Clone() (*ImmutableRef, error) {
 	if err := r.h.aliveLocked(); err != nil {
 		return nil, err
 	}
-	h := m.handleLocked(r.h.e, HolderImmutable)
+	h := m.handleLocked(r.h.e, HolderImmutable, callerOf(1))
 	h.noTouch = r.h.noTouch
 	return &ImmutableRef{h: h}, nil
 }

@@ -104,7 +104,7 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 		m.publishLocked(e, rec)
 		e.recorded = true
 		defer m.unlock()
-		return &MutableRef{h: m.handleLocked(e, HolderMutable)}, nil
+		return &MutableRef{h: m.handleLocked(e, HolderMutable, callerOf(1))}, nil
 	}
 	m.unlock()
 	if err != nil {
@@ -127,7 +127,7 @@ func (m *Manager) getMutable(ctx context.Context, id ID, o ReopenOptions, mine *
 	m.lock()
 	defer m.unlock()
 	ne.rec, ne.recorded = next, true
-	return &MutableRef{h: m.handleLocked(ne, HolderMutable)}, nil
+	return &MutableRef{h: m.handleLocked(ne, HolderMutable, callerOf(1))}, nil
 }
 
 // replace is the transaction of a reopen.

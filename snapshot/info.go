@@ -183,7 +183,7 @@ func parseLog(log []byte, committed bool) (s state, ok bool) {
 // errdefs.ErrDataLoss: entries get their first line before their name, so
 // only a power cut or a hand can bring it about.
 func readState(path string, committed bool) (state, error) {
-	log, err := os.ReadFile(path)
+	log, err := readFile(path)
 	if err != nil {
 		return state{}, err
 	}
@@ -209,7 +209,7 @@ func appendState(path string, s state) (err error) {
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
+	f, err := openFile(path, os.O_RDWR|os.O_APPEND)
 	if err != nil {
 		return err
 	}
@@ -269,14 +269,44 @@ func compactState(f *os.File, path string, s state, line []byte) error {
 	return err
 }
 
-func writeFile(path string, flag int, data []byte) error {
-	// os.OpenFile would offer the file to the poller first, which takes four
-	// system calls and never wants it.
-	fd, err := fsat.OpenAt(unix.AT_FDCWD, path, unix.O_WRONLY|unix.O_CREAT|flag, 0o600)
+// openFile opens a regular file. os.OpenFile would offer it to the poller first,
+// which takes four system calls and never wants it.
+func openFile(path string, flag int) (*os.File, error) {
+	fd, err := fsat.OpenAt(unix.AT_FDCWD, path, flag, 0o600)
 	if err != nil {
-		return &os.PathError{Op: "open", Path: path, Err: err}
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	f := os.NewFile(uintptr(fd), path)
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+func writeFile(path string, flag int, data []byte) error {
+	f, err := openFile(path, os.O_WRONLY|os.O_CREATE|flag)
+	if err != nil {
+		return err
+	}
 	_, err = f.Write(data)
 	return errors.Join(err, f.Close())
+}
+
+// readFile is os.ReadFile in four system calls of ten, for it is called several
+// times in all that is done with a snapshot.
+func readFile(path string) ([]byte, error) {
+	fd, err := fsat.OpenAt(unix.AT_FDCWD, path, unix.O_RDONLY, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer fsat.Close(fd)
+	data := make([]byte, 0, 1024)
+	for {
+		n, err := fsat.Pread(fd, data[len(data):cap(data)], int64(len(data)))
+		if err != nil {
+			return nil, &os.PathError{Op: "read", Path: path, Err: err}
+		}
+		if n == 0 {
+			return data, nil
+		}
+		if data = data[:len(data)+n]; len(data) == cap(data) {
+			data = slices.Grow(data, len(data))
+		}
+	}
 }
