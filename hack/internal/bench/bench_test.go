@@ -132,11 +132,11 @@ func TestAllOperations(t *testing.T) {
 	}
 	require.Equal(t, []string{"run-first", "run-noop", "run-noop-git", "run-noop-rsync"}, skipped, "there is no command")
 	require.Equal(t, []string{"beside-prune", "beside-prune-get", "beside-prune-release"}, beside)
-	require.Equal(t, append([]string{"open", "usage-total", "usage-list"}, measured...), append(names, "beside-prune"))
+	require.Equal(t, append([]string{"open", "usage-total", "usage-list", "usage-list-get"}, measured...), append(names, "beside-prune"))
 	require.Equal(t, map[string]float64{
 		"new": 0, "new-commit-release": 1, "commit": 1, "finalize": 1, "reopen": 1, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 1, "open": 0, "throughput": 1,
-		"usage-total": 0, "usage-list": 0, "prune": 2.0 / 32, "prune-to-size": 1.0 / 16,
+		"usage-total": 0, "usage-list": 0, "usage-list-get": 0, "prune": 2.0 / 32, "prune-to-size": 1.0 / 16,
 		"checksum-memory": 0, "checksum-stored": 0, "checksum-one-change": 1,
 		"getbyblob": 1, "getbyblob-known": 0, "extract": 3, "extract-gzip": 3, "extract-bsdtar": 3,
 		"merge": 2, "diff": 2, "blob": 1, "blob-gzip": 1,
@@ -152,7 +152,7 @@ func TestAllOperations(t *testing.T) {
 	require.Equal(t, map[string]float64{
 		"new": 0, "new-commit-release": 2, "commit": 2, "finalize": 2, "reopen": 2, "get-release": 0, "get-no-update": 0,
 		"release": 0, "search": 0, "set-value": 2, "open": 0, "throughput": 2,
-		"usage-total": 0, "usage-list": 0, "prune": 4.0 / 32, "prune-to-size": 2.0 / 16,
+		"usage-total": 0, "usage-list": 0, "usage-list-get": 0, "prune": 4.0 / 32, "prune-to-size": 2.0 / 16,
 		"checksum-memory": 0, "checksum-stored": 0, "checksum-one-change": 2,
 		"getbyblob": 2, "getbyblob-known": 0, "extract": 6, "extract-gzip": 6, "extract-bsdtar": 6,
 		// The blob and its directory are synced before a record names it.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 )
 
 // operation is one thing to measure.
@@ -51,7 +52,11 @@ type operation struct {
 }
 
 // sample is one run of an operation. after may be nil.
-type sample struct{ run, after func(context.Context) error }
+type sample struct {
+	run, after func(context.Context) error
+	// took, if not nil, says what time is that of the run.
+	took func() time.Duration
+}
 
 // operations lists all, in the order in which they are measured. Names are
 // part of what --json promises.

@@ -347,7 +347,11 @@ func (c *Config) sample(ctx context.Context, op operation, n int, who contender,
 		}
 		start := time.Now()
 		err = s.run(ctx)
-		sum.time += time.Since(start)
+		took := time.Since(start)
+		if s.took != nil {
+			took = s.took()
+		}
+		sum.time += took
 		if err != nil {
 			return cost{}, err
 		}

@@ -35,6 +35,10 @@ func usageOperations() []operation {
 			note: "all records with their sizes and who uses them; limit: a bbolt cursor over all, with checksums",
 		},
 		{
+			name: "usage-list-get", batch: 1, everySize: true, rounds: 5, prepare: prepareGetBesideList, limit: limitUsed,
+			note: "the longest of the Gets that are made one after the other beside such a list; limit: one bbolt get",
+		},
+		{
 			name: "prune", batch: 1, sizes: victims, parts: each, rounds: 5, prepare: preparePrune, limit: limitPrune,
 			note: "of n records that a filter picks, the time is that of one; limit: a rename of each, one bbolt transaction for all, and the removal of their directories",
 		},
@@ -65,6 +69,49 @@ func prepareList(ctx context.Context, w *world, _ int) (sample, error) {
 		}
 		return err
 	}}, nil
+}
+
+// prepareGetBesideList is prepareList, and what is timed are calls of Get
+// meanwhile.
+func prepareGetBesideList(ctx context.Context, w *world, n int) (sample, error) {
+	list, err := prepareList(ctx, w, n)
+	var longest time.Duration
+	return sample{
+		run: func(ctx context.Context) error {
+			return beside(func() error { return list.run(ctx) }, func() error {
+				start := time.Now()
+				imm, err := w.subject.Look(ctx, w.base.ID())
+				longest = max(longest, time.Since(start))
+				if err != nil {
+					return err
+				}
+				return imm.Release(ctx)
+			})
+		},
+		took: func() time.Duration { return longest },
+	}, err
+}
+
+// beside makes calls, one at least, for as long as work takes, and waits for it.
+func beside(work, call func() error) error {
+	var wg sync.WaitGroup
+	var werr error
+	done := make(chan struct{})
+	wg.Go(func() {
+		defer close(done)
+		werr = work()
+	})
+	var err error
+	for running := true; running && err == nil; {
+		err = call()
+		select {
+		case <-done:
+			running = false
+		default:
+		}
+	}
+	wg.Wait()
+	return errors.Join(err, werr)
 }
 
 // makeVictims makes n records that a prune takes, with a file in each.
@@ -313,25 +360,11 @@ func (c *Config) timeIdle(ctx context.Context, w *world, parts int, into *[3][]t
 // timeBeside times calls for as long as a prune to a limit takes, and says how
 // many records went.
 func (w *world) timeBeside(ctx context.Context, limit *int64, into *[3][]time.Duration) (removed int, err error) {
-	var wg sync.WaitGroup
-	var perr error
-	done := make(chan struct{})
-	wg.Go(func() {
-		defer close(done)
-		removed, perr = w.subject.Prune(ctx, "", limit)
-	})
-	for running := true; running; {
-		select {
-		case <-done:
-			running = false
-		default:
-			if err = w.timeCalls(ctx, into); err != nil {
-				running = false
-			}
-		}
-	}
-	wg.Wait()
-	return removed, errors.Join(err, perr)
+	err = beside(func() (err error) {
+		removed, err = w.subject.Prune(ctx, "", limit)
+		return err
+	}, func() error { return w.timeCalls(ctx, into) })
+	return removed, err
 }
 
 // timeCalls makes each call once, on the base, which is held.
