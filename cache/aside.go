@@ -8,13 +8,13 @@ import (
 
 // asideNice is by how much less urgent the removal of a prune is than the calls
 // beside it. Two threads that the kernel puts on one processor take turns of
-// some milliseconds each, also while another processor is idle, and at the same
-// urgency a New that met a removal there waited for such a turn: with 5 the 99th
-// percentile of New beside a prune of 10,000 records fell from 3.6 to 2.1 times
-// that of the idle store. With 10 it was no better, and while other programs
-// used all processors a prune took six times as long instead of twice; a
-// removal that gets no turn for long would also keep the directories' locks in
-// the kernel for as long.
+// some milliseconds each, also while another processor is idle, and a New that
+// met a removal there waited for such a turn. On two processors, beside a prune
+// of 10,000 records, the 99th percentile of New was 3.5 and 4.5 times that of
+// the idle store, and with 5, in turns, 2.2 and 2.9. More costs too much where
+// other programs use all processors: a prune that was as a whole less urgent
+// took 2.4 times as long with 5 and 5.9 times with 10, and a removal that waits
+// for its turn may have the lock of a directory in the kernel meanwhile.
 const asideNice = 5
 
 // aside runs f in a thread of its own, which leaves the processors to others as

@@ -228,7 +228,11 @@ func parseText(text string) (term, error) {
 	const example = `type==regular or labels.team~=^a`
 	f, err := filters.Parse(text)
 	if err != nil {
-		return nil, &SyntaxError{What: "filter", At: placeOf(err, text), Reason: reasonOf(err), Example: example}
+		at := placeOf(err, text)
+		if rest := strings.TrimLeft(text[at:], " \t"); rest != "" && rest != text[at:] && operatorAt(text) < at {
+			return nil, &SyntaxError{What: "filter", At: at, Reason: "a value with blanks needs quotes", Example: `description=="two words"`}
+		}
+		return nil, &SyntaxError{What: "filter", At: at, Reason: reasonOf(err), Example: example}
 	}
 	if at, err := checkRegexp(text); err != nil {
 		return nil, &SyntaxError{What: "filter", At: at, Reason: err.Error(), Example: `description~="^make .*"`}

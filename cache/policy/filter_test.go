@@ -71,6 +71,23 @@ func TestBadFiltersPointAtThePlace(t *testing.T) {
 	}
 }
 
+// TestUnquotedBlanks: a shell takes the quotes of a value away, and then the
+// message says that it needs some.
+func TestUnquotedBlanks(t *testing.T) {
+	for text, at := range map[string]int{"description==two words": 16, "type==a,labels.a~=x\ty": 19} {
+		_, err := policy.ParseFilters(text)
+		var fe *policy.SyntaxError
+		require.ErrorAs(t, err, &fe, text)
+		require.Equal(t, at, fe.At, text)
+		require.Contains(t, fe.Error(), `a value with blanks needs quotes; for example description=="two words"`)
+	}
+	for _, text := range []string{"ty pe==a", "type ==", "type==a "} {
+		if _, err := policy.ParseFilters(text); err != nil {
+			require.NotContains(t, err.Error(), "quotes", text)
+		}
+	}
+}
+
 func FuzzFilters(f *testing.F) {
 	for _, s := range []string{`a=="b",size>1`, `labels."x"~=/y/`, `labels.a>1h,`, `type~=|a\||`} {
 		f.Add(s)
