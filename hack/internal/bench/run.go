@@ -359,8 +359,9 @@ func (c *Config) sample(ctx context.Context, op operation, n int, who contender,
 		if err != nil {
 			return cost{}, err
 		}
-		sum.transactions += after.transactions - before.transactions
-		sum.syncs += after.syncs - before.syncs
+		spent := after.since(before)
+		sum.transactions += spent.transactions
+		sum.syncs += spent.syncs
 		if left != nil {
 			now, err := footprint(who.dir)
 			if err != nil {
@@ -393,6 +394,16 @@ func (c *Config) count(who contender) (cost, error) {
 	}
 	syncs, err := c.Syncs.Count()
 	return cost{transactions: float64(tx), syncs: float64(syncs)}, err
+}
+
+// since is what was counted between two calls of count.
+func (after cost) since(before cost) cost {
+	spent := cost{transactions: after.transactions - before.transactions, syncs: after.syncs - before.syncs}
+	if spent.transactions < 0 {
+		// The store wrote its file anew, smaller, and counts from there on.
+		spent.transactions = spent.syncs / 2
+	}
+	return spent
 }
 
 func figure(name string, costs []cost) Figure {

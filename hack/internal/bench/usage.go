@@ -327,13 +327,9 @@ func (c *Config) besidePrune(ctx context.Context, w *world) (idle, busy [3][]tim
 		if err != nil {
 			return idle, busy, each, err
 		}
-		tx, syncs := after.transactions-before.transactions, after.syncs-before.syncs
-		if tx < 0 {
-			// The store wrote its file anew, smaller, and counts from there on.
-			tx = syncs / 2
-		}
-		each.transactions += tx
-		each.syncs += syncs
+		spent := after.since(before)
+		each.transactions += spent.transactions
+		each.syncs += spent.syncs
 	}
 	each.transactions /= float64(max(removed, 1))
 	each.syncs /= float64(max(removed, 1))
