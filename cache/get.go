@@ -25,7 +25,12 @@ func (m *Manager) Get(ctx context.Context, id ID, o GetOptions) (*ImmutableRef, 
 		return nil, err
 	}
 	defer end()
-	from := callerOf(1)
+	return m.get(ctx, id, o, callerOf(1))
+}
+
+// get is Get for a call that came from somewhere else: others may ask who holds
+// the record as soon as the handle is there.
+func (m *Manager) get(ctx context.Context, id ID, o GetOptions, from caller) (*ImmutableRef, error) {
 	var h *handle
 	e, err := m.find(ctx, id, func(e *entry) error {
 		if e.rec.State == metadata.Mutable {

@@ -57,16 +57,17 @@ func (m *Manager) GetByBlob(ctx context.Context, desc ocispec.Descriptor, parent
 		return nil, err
 	}
 	defer end()
-	from := callerOf(1)
-	ref, err := m.getByBlob(ctx, desc, parent, o)
+	ref, err := m.getByBlob(ctx, desc, parent, o, callerOf(1))
 	if err != nil {
 		return nil, fmt.Errorf("get layer %s: %w", clip(string(desc.Digest)), err)
 	}
-	ref.h.noTouch, ref.h.caller = o.NoUpdate, from
+	m.lock()
+	defer m.unlock()
+	ref.h.noTouch = o.NoUpdate
 	return ref, nil
 }
 
-func (m *Manager) getByBlob(ctx context.Context, desc ocispec.Descriptor, parent *ImmutableRef, o BlobOptions) (_ *ImmutableRef, err error) {
+func (m *Manager) getByBlob(ctx context.Context, desc ocispec.Descriptor, parent *ImmutableRef, o BlobOptions, from caller) (_ *ImmutableRef, err error) {
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
@@ -77,7 +78,7 @@ func (m *Manager) getByBlob(ctx context.Context, desc ocispec.Descriptor, parent
 	if err != nil {
 		return nil, err
 	}
-	l := &layerSought{m: m, desc: desc, diffID: diffID, claimed: claimed, o: o}
+	l := &layerSought{m: m, desc: desc, diffID: diffID, claimed: claimed, o: o, from: from}
 	if parent != nil {
 		if parent.h.m != m {
 			return nil, fmt.Errorf("parent %s belongs to another cache: %w", short(parent.ID()), errdefs.ErrInvalidArgument)
@@ -122,6 +123,7 @@ type layerSought struct {
 	claimed bool
 	parent  *Record // nil for none
 	o       BlobOptions
+	from    caller
 
 	edit  Edit // the record to be made if there is none
 	chain digest.Digest
@@ -164,7 +166,7 @@ func (l *layerSought) get(ctx context.Context) (*ImmutableRef, error) {
 		}
 		ref, err := (*ImmutableRef)(nil), error(nil)
 		if found != nil {
-			ref, err = l.m.Get(ctx, found.ID, GetOptions{NoUpdate: true})
+			ref, err = l.m.get(ctx, found.ID, GetOptions{NoUpdate: true}, l.from)
 		} else {
 			ref, err = l.make(ctx)
 		}
@@ -266,7 +268,7 @@ func (l *layerSought) make(ctx context.Context) (_ *ImmutableRef, err error) {
 	if made.ID == e.id {
 		m.created(e, made)
 	}
-	return m.Get(ctx, made.ID, GetOptions{NoUpdate: true})
+	return m.get(ctx, made.ID, GetOptions{NoUpdate: true}, l.from)
 }
 
 // addBlob makes sure that the record has the blob that was asked for, and says

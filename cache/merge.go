@@ -42,7 +42,7 @@ const madeOf = "lamina.made-of"
 // than one mount can stack.
 func (m *Manager) Merge(ctx context.Context, refs []*ImmutableRef, o MergeOptions) (*ImmutableRef, error) {
 	if len(refs) == 1 {
-		return refs[0].Clone()
+		return m.cloneInput(refs[0])
 	}
 	ref, err := m.combine(ctx, metadata.Merge, refs, o)
 	if err != nil {
@@ -61,13 +61,28 @@ func (m *Manager) Diff(ctx context.Context, lower, upper *ImmutableRef, o MergeO
 		return nil, fmt.Errorf("diff without an upper: %w", errdefs.ErrInvalidArgument)
 	}
 	if lower == nil {
-		return upper.Clone()
+		return m.cloneInput(upper)
 	}
 	ref, err := m.combine(ctx, metadata.Diff, []*ImmutableRef{lower, upper}, o)
 	if err != nil {
 		return nil, fmt.Errorf("diff: %w", err)
 	}
 	return ref, nil
+}
+
+// cloneInput is what an input is by itself.
+func (m *Manager) cloneInput(r *ImmutableRef) (*ImmutableRef, error) {
+	if err := m.requireInput(r); err != nil {
+		return nil, err
+	}
+	return r.Clone()
+}
+
+func (m *Manager) requireInput(r *ImmutableRef) error {
+	if r == nil || r.h.m != m {
+		return fmt.Errorf("an input is missing or belongs to another cache: %w", errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 // combine finds or makes the merge or diff of inputs.
@@ -77,14 +92,13 @@ func (m *Manager) combine(ctx context.Context, op metadata.Op, refs []*Immutable
 		return nil, err
 	}
 	defer end()
-	from := callerOf(2)
 	if len(refs) == 0 {
 		return nil, fmt.Errorf("no inputs: %w", errdefs.ErrInvalidArgument)
 	}
-	c := &combination{m: m, op: op, o: o}
+	c := &combination{m: m, op: op, o: o, from: callerOf(2)}
 	for _, r := range refs {
-		if r == nil || r.h.m != m {
-			return nil, fmt.Errorf("an input is missing or belongs to another cache: %w", errdefs.ErrInvalidArgument)
+		if err := m.requireInput(r); err != nil {
+			return nil, err
 		}
 		e, done, err := r.h.use()
 		if err != nil {
@@ -97,12 +111,7 @@ func (m *Manager) combine(ctx context.Context, op metadata.Op, refs []*Immutable
 		}
 		c.parents = append(c.parents, rec.ID)
 	}
-	ref, err := c.get(ctx)
-	if err != nil {
-		return nil, err
-	}
-	ref.h.caller = from
-	return ref, nil
+	return c.get(ctx)
 }
 
 // combination is a call of Merge or Diff.
@@ -110,6 +119,7 @@ type combination struct {
 	m       *Manager
 	op      metadata.Op
 	o       MergeOptions
+	from    caller
 	parents []ID
 	index   string
 }
@@ -137,7 +147,7 @@ func (c *combination) get(ctx context.Context) (*ImmutableRef, error) {
 		}
 		var ref *ImmutableRef
 		if found != nil {
-			ref, err = m.Get(ctx, found.ID, GetOptions{})
+			ref, err = m.get(ctx, found.ID, GetOptions{}, c.from)
 		} else {
 			ref, err = c.make(ctx, draft)
 		}
@@ -226,7 +236,7 @@ func (c *combination) make(ctx context.Context, draft *Record) (*ImmutableRef, e
 	if made.ID == e.id {
 		c.m.created(e, made)
 	}
-	return c.m.Get(ctx, made.ID, GetOptions{})
+	return c.m.get(ctx, made.ID, GetOptions{}, c.from)
 }
 
 // requireStackable refuses more layers than one mount can stack.

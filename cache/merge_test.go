@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"sort"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -392,17 +393,54 @@ func TestTooManyLayersAreRefusedBeforeTheMount(t *testing.T) {
 	w.release(ref, other)
 }
 
+// Who holds a record can be asked while somebody else gets a handle on it; the
+// race detector sees whether a handle is whole before it is there.
+func TestHoldersWhileHandlesAreMade(t *testing.T) {
+	w := newWorld(t, overlayKind)
+	a, b := w.sh(nil, "write a 1"), w.sh(nil, "write b 1")
+	blob := pack(t, layer.Gzip, layerTar(t, file{name: "a", text: "1"}))
+	held := []*cache.ImmutableRef{w.merge(a, b), w.diff(a, b), w.byBlob(blob, nil, nil), w.get(a.ID())}
+	stop := make(chan struct{})
+	var asking sync.WaitGroup
+	asking.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			for _, ref := range held {
+				for _, h := range w.Refs(ref.ID()) {
+					if !strings.Contains(h.Site, "_test.go") {
+						t.Errorf("%s is held from %q", ref.ID(), h.Site)
+					}
+				}
+			}
+		}
+	})
+	for range 30 {
+		w.release(w.merge(a, b), w.diff(a, b), w.byBlob(blob, nil, nil), w.get(a.ID()))
+	}
+	close(stop)
+	asking.Wait()
+	for _, ref := range append(held, a, b) {
+		w.release(ref)
+	}
+}
+
 func TestBadMerges(t *testing.T) {
 	w, other := newWorld(t, overlayKind), newWorld(t, nativeKind)
 	a, foreign := w.sh(nil, "write a 1"), other.sh(nil, "write a 1")
-	for _, inputs := range [][]*cache.ImmutableRef{nil, {a, nil}, {a, foreign}} {
+	for _, inputs := range [][]*cache.ImmutableRef{nil, {nil}, {foreign}, {a, nil}, {a, foreign}} {
 		_, err := w.Merge(w.ctx, inputs, cache.MergeOptions{})
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	}
 	_, err := w.Diff(w.ctx, a, nil, cache.MergeOptions{})
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-	_, err = w.Diff(w.ctx, a, foreign, cache.MergeOptions{})
-	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	for _, lower := range []*cache.ImmutableRef{a, nil} {
+		_, err = w.Diff(w.ctx, lower, foreign, cache.MergeOptions{})
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	}
 	require.Len(t, idsOf(w), 1)
 	w.release(a)
 	other.release(foreign)
