@@ -296,7 +296,7 @@ func readFile(path string) ([]byte, error) {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	defer fsat.Close(fd)
-	data := make([]byte, 0, 1024)
+	data := make([]byte, 0, 512)
 	for {
 		n, err := fsat.Pread(fd, data[len(data):cap(data)], int64(len(data)))
 		if err != nil {

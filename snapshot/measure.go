@@ -18,12 +18,18 @@ import (
 // it is from. The tree may change meanwhile. What lies in a directory that may
 // not be read is left out.
 func measure(ctx context.Context, root string) (snapshots.Usage, error) {
-	// An adopted tree is reached through a link.
-	root, err := filepath.EvalSymlinks(root)
+	var st unix.Stat_t
+	err := fsat.Lstat(unix.AT_FDCWD, root, &st)
 	if err != nil {
-		return snapshots.Usage{}, err
+		return snapshots.Usage{}, &os.PathError{Op: "lstat", Path: root, Err: err}
 	}
-	m := &measurer{ctx: ctx, buf: make([]byte, 8192), linked: map[inodeID]*links{}}
+	// An adopted tree is reached through a link.
+	if st.Mode&unix.S_IFMT == unix.S_IFLNK {
+		if root, err = filepath.EvalSymlinks(root); err != nil {
+			return snapshots.Usage{}, err
+		}
+	}
+	m := &measurer{ctx: ctx, linked: map[inodeID]*links{}}
 	if err := m.add(unix.AT_FDCWD, root, 0); err != nil {
 		return snapshots.Usage{}, err
 	}
@@ -91,6 +97,9 @@ func (m *measurer) below(at int, name string, level int) error {
 		return &os.PathError{Op: "open", Path: name, Err: err}
 	}
 	defer fsat.Close(fd)
+	if m.buf == nil {
+		m.buf = make([]byte, 2048) // most trees are small, and each has one
+	}
 	if level == len(m.lists) {
 		m.lists = append(m.lists, nil)
 	}
