@@ -169,17 +169,21 @@ func TestDockerArchive(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
 
+// putDocument writes a document into the blobs of a layout.
+func putDocument(t *testing.T, dir, mediaType string, v any) ocispec.Descriptor {
+	t.Helper()
+	data, err := json.Marshal(v)
+	require.NoError(t, err)
+	d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o700))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, blobName(d.Digest)), data, 0o600))
+	return d
+}
+
 // TestSeveralImages: a name is needed, and a platform chooses.
 func TestSeveralImages(t *testing.T) {
 	dir := t.TempDir()
-	put := func(mediaType string, v any) ocispec.Descriptor {
-		data, err := json.Marshal(v)
-		require.NoError(t, err)
-		d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-		require.NoError(t, os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o700))
-		require.NoError(t, os.WriteFile(filepath.Join(dir, blobName(d.Digest)), data, 0o600))
-		return d
-	}
+	put := func(mediaType string, v any) ocispec.Descriptor { return putDocument(t, dir, mediaType, v) }
 	manifest := func(arch string) ocispec.Descriptor {
 		layer := digest.FromString(arch)
 		config := put(ocispec.MediaTypeImageConfig, ocispec.Image{
@@ -244,14 +248,7 @@ func TestLinksDoNotLeadOut(t *testing.T) {
 // says which there are.
 func TestChoiceOfAnImage(t *testing.T) {
 	dir := t.TempDir()
-	put := func(mediaType string, v any) ocispec.Descriptor {
-		data, err := json.Marshal(v)
-		require.NoError(t, err)
-		d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-		require.NoError(t, os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o700))
-		require.NoError(t, os.WriteFile(filepath.Join(dir, blobName(d.Digest)), data, 0o600))
-		return d
-	}
+	put := func(mediaType string, v any) ocispec.Descriptor { return putDocument(t, dir, mediaType, v) }
 	manifest := func(arch, text string) ocispec.Descriptor {
 		layer := digest.FromString(text)
 		config := put(ocispec.MediaTypeImageConfig, ocispec.Image{

@@ -29,8 +29,8 @@ func measure(ctx context.Context, root string) (snapshots.Usage, error) {
 			return snapshots.Usage{}, err
 		}
 	}
-	m := &measurer{ctx: ctx, linked: map[inodeID]*links{}}
-	if err := m.add(unix.AT_FDCWD, root, 0); err != nil {
+	m := &measurer{linked: map[inodeID]*links{}}
+	if err := m.add(ctx, unix.AT_FDCWD, root, 0); err != nil {
 		return snapshots.Usage{}, err
 	}
 	for _, l := range m.linked {
@@ -44,7 +44,6 @@ func measure(ctx context.Context, root string) (snapshots.Usage, error) {
 // measurer goes through one tree by descriptors: a commit waits for it, and by
 // paths, with filepath.WalkDir, it took three times as long.
 type measurer struct {
-	ctx    context.Context //nolint:containedctx // of the one call that it lives for
 	buf    []byte          // scratch space for lists
 	lists  [][]fsat.Dirent // of the directories above, and of this one
 	used   snapshots.Usage
@@ -63,14 +62,14 @@ func (m *measurer) count(blocks int64) {
 }
 
 // add counts a name in the directory at, and what lies below it.
-func (m *measurer) add(at int, name string, level int) error {
+func (m *measurer) add(ctx context.Context, at int, name string, level int) error {
 	var st unix.Stat_t
 	if err := fsat.Lstat(at, name, &st); err != nil {
 		return &os.PathError{Op: "lstat", Path: name, Err: err}
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		m.count(st.Blocks)
-		return m.below(at, name, level)
+		return m.below(ctx, at, name, level)
 	}
 	// Only what has several names can be met twice.
 	if st.Nlink == 1 {
@@ -88,9 +87,9 @@ func (m *measurer) add(at int, name string, level int) error {
 }
 
 // below counts what lies in a directory.
-func (m *measurer) below(at int, name string, level int) error {
-	if m.ctx.Err() != nil {
-		return context.Cause(m.ctx)
+func (m *measurer) below(ctx context.Context, at int, name string, level int) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	fd, err := openDir(at, name)
 	if err != nil {
@@ -109,7 +108,7 @@ func (m *measurer) below(at int, name string, level int) error {
 		return &os.PathError{Op: "getdents64", Path: name, Err: err}
 	}
 	for _, d := range list {
-		if err := m.add(fd, d.Name, level+1); err != nil && !passedOver(err) {
+		if err := m.add(ctx, fd, d.Name, level+1); err != nil && !passedOver(err) {
 			return err
 		}
 	}
