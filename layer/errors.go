@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -61,7 +62,8 @@ func badArchive(s *stream, err error) error {
 		return serr
 	}
 	switch {
-	case errors.Is(err, tar.ErrHeader), errors.Is(err, tar.ErrFieldTooLong), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, tar.ErrInsecurePath):
+	case errors.Is(err, tar.ErrHeader), errors.Is(err, tar.ErrFieldTooLong), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, tar.ErrInsecurePath),
+		strings.HasPrefix(err.Error(), "archive/tar: "): // those of sparse files have no names
 		return fmt.Errorf("read tar: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	return fmt.Errorf("read tar: %w", err)
